@@ -1,0 +1,1 @@
+"""Models that return their routing: batch to BackboneOutput."""

@@ -1,0 +1,215 @@
+"""Routing is a value: what a router is told, what it decided, and the sums of one training step."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from routerlab.core.seeding import stable_seed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoutingContext:
+    """What a router may know besides its tokens. It reads what it needs and ignores the rest."""
+
+    batch_size: int
+    sequence_length: int
+    valid: Bool[Tensor, "T"] | None = None  # False on padding; None: no padding
+    domain_ids: Int[Tensor, "B"] | None = None  # labels for diagnostics, not for routers
+    task_ids: Int[Tensor, "B"] | None = None
+    noise_level: Float[Tensor, "B"] | None = None  # diffusion
+    sequence_embedding: Float[Tensor, "B D"] | None = None
+    progress: float = 0.0  # share of training done, in [0, 1]
+    seed: int = 0  # of run seed, step, micro-batch and rank
+    layer: int = 0
+
+    def at_layer(self, layer: int) -> Self:
+        """The same context as seen by layer number ``layer``."""
+        return replace(self, layer=layer)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """A fresh generator of (seed, layer): a recomputed forward pass draws the same numbers."""
+        return torch.Generator(device).manual_seed(stable_seed(self.seed, self.layer))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RouterOutput:
+    """What a router decided: the one record that experts, losses and diagnostics read.
+
+    Assignment ``n`` sends token ``token_indices[n]`` to expert ``expert_indices[n]``, whose output
+    counts ``combine_weights[n]``. Only kept assignments are in the record: there are no sentinels.
+
+    ``router_probs`` is the full distribution before selection; its rows sum to 1.
+    ``top_k`` is set when every token has exactly K assignments, stored token by token (N = T K).
+    ``dropped_per_expert`` counts assignments lost to capacity, by the expert they asked for.
+    ``log_prob`` is the log-probability of a sampled selection, for policy gradients.
+    """
+
+    router_logits: Float[Tensor, "T E"]
+    router_probs: Float[Tensor, "T E"]
+    token_indices: Int[Tensor, "N"]
+    expert_indices: Int[Tensor, "N"]
+    combine_weights: Float[Tensor, "N"]
+    dropped_per_expert: Int[Tensor, "E"]
+    top_k: int | None = None
+    log_prob: Float[Tensor, "T"] | None = None
+    valid: Bool[Tensor, "T"] | None = None
+
+    @classmethod
+    def from_top_k(
+        cls,
+        router_logits: Float[Tensor, "T E"],
+        router_probs: Float[Tensor, "T E"],
+        expert_indices: Int[Tensor, "T K"],
+        combine_weights: Float[Tensor, "T K"],
+        kept: Bool[Tensor, "T K"] | None = None,
+        log_prob: Float[Tensor, "T"] | None = None,
+        valid: Bool[Tensor, "T"] | None = None,
+    ) -> Self:
+        """The record of K picks a token; padding and picks outside ``kept`` (capacity) leave it."""
+        num_tokens, top_k = expert_indices.shape
+        tokens = torch.arange(num_tokens, device=expert_indices.device)
+        tokens = tokens[:, None].expand(num_tokens, top_k)
+        dropped = torch.zeros_like(router_logits[0], dtype=torch.long)
+        asked = None if valid is None else valid[:, None].expand_as(expert_indices)
+        if kept is not None:
+            lost = ~kept if asked is None else ~kept & asked
+            dropped = count_experts(expert_indices[lost], router_logits.shape[1])
+            asked = kept if asked is None else kept & asked
+        picks = (tokens, expert_indices, combine_weights)
+        flat = [p.reshape(-1) if asked is None else p[asked] for p in picks]
+        return cls(
+            router_logits=router_logits,
+            router_probs=router_probs,
+            token_indices=flat[0],
+            expert_indices=flat[1],
+            combine_weights=flat[2],
+            dropped_per_expert=dropped,
+            top_k=top_k if asked is None else None,
+            log_prob=log_prob,
+            valid=valid,
+        )
+
+    @classmethod
+    def from_expert_choice(
+        cls,
+        router_logits: Float[Tensor, "T E"],
+        router_probs: Float[Tensor, "T E"],
+        token_indices: Int[Tensor, "E C"],
+        combine_weights: Float[Tensor, "E C"],
+        valid: Bool[Tensor, "T"] | None = None,
+    ) -> Self:
+        """The record of experts that each pick C tokens; picks of padding leave it."""
+        experts = torch.arange(len(token_indices), device=token_indices.device)
+        picks = (token_indices, experts[:, None].expand_as(token_indices), combine_weights)
+        kept = None if valid is None else valid[token_indices]
+        flat = [p.reshape(-1) if kept is None else p[kept] for p in picks]
+        dropped = torch.zeros_like(router_logits[0], dtype=torch.long)
+        return cls(router_logits, router_probs, *flat, dropped_per_expert=dropped, valid=valid)
+
+    @classmethod
+    def from_dispatch_mask(
+        cls,
+        router_logits: Float[Tensor, "T E"],
+        router_probs: Float[Tensor, "T E"],
+        dispatch_mask: Bool[Tensor, "T E"],
+        combine_weights: Float[Tensor, "T E"],
+        dropped_per_expert: Int[Tensor, "E"] | None = None,
+        log_prob: Float[Tensor, "T"] | None = None,
+        valid: Bool[Tensor, "T"] | None = None,
+    ) -> Self:
+        """The record of any choice map, token by token, with any number of experts a token."""
+        mask = dispatch_mask if valid is None else dispatch_mask & valid[:, None]
+        tokens, experts = mask.nonzero(as_tuple=True)
+        if dropped_per_expert is None:
+            dropped_per_expert = torch.zeros_like(router_logits[0], dtype=torch.long)
+        return cls(
+            router_logits=router_logits,
+            router_probs=router_probs,
+            token_indices=tokens,
+            expert_indices=experts,
+            combine_weights=combine_weights[tokens, experts],
+            dropped_per_expert=dropped_per_expert,
+            log_prob=log_prob,
+            valid=valid,
+        )
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.router_logits.shape[1]
+
+    @property
+    def num_dropped(self) -> Int[Tensor, ""]:
+        """Assignments lost to capacity."""
+        return self.dropped_per_expert.sum()
+
+    @property
+    def tokens_per_expert(self) -> Int[Tensor, "E"]:
+        """Assignments that each expert works on (after capacity drops)."""
+        return count_experts(self.expert_indices, self.num_experts)
+
+    @property
+    def requests_per_expert(self) -> Int[Tensor, "E"]:
+        """Assignments that the router asked for (before capacity drops): what balance is about."""
+        return self.tokens_per_expert + self.dropped_per_expert
+
+    @property
+    def expert_load(self) -> Float[Tensor, "E"]:
+        """Each expert's share of the requested assignments; sums to 1."""
+        counts = self.requests_per_expert
+        return counts / counts.sum().clamp(min=1)
+
+    @property
+    def dispatch_mask(self) -> Bool[Tensor, "T E"]:
+        """True where a token is sent to an expert."""
+        mask = torch.zeros_like(self.router_logits, dtype=torch.bool)
+        mask[self.token_indices, self.expert_indices] = True
+        return mask
+
+    def without_padding(self, per_token: Tensor) -> Tensor:
+        """The rows of a [T ...] tensor that belong to real tokens."""
+        return per_token if self.valid is None else per_token[self.valid]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepTotals:
+    """Sums over a whole optimizer step: all its micro-batches, on all ranks, padding excluded.
+
+    A loss divides by these, so its value and gradient do not depend on how the step is cut.
+    """
+
+    num_tokens: Float[Tensor, ""]
+    num_sequences: Float[Tensor, ""]
+    requests_per_expert: Int[Tensor, "E"] | None = None  # of one layer
+
+    @classmethod
+    def of(cls, output: RouterOutput, context: RoutingContext | None = None) -> Self:
+        """The totals of a step that consists of this one record."""
+        num_tokens, num_sequences = count_tokens(output, context)
+        return cls(num_tokens, num_sequences, output.requests_per_expert)
+
+
+def count_experts(expert_indices: Int[Tensor, "N"], num_experts: int) -> Int[Tensor, "E"]:
+    """How often each expert occurs. A scatter, so a GPU need not be waited for."""
+    counts = torch.zeros(num_experts, dtype=torch.long, device=expert_indices.device)
+    return counts.scatter_add_(0, expert_indices, torch.ones_like(expert_indices))
+
+
+def count_tokens(
+    output: RouterOutput, context: RoutingContext | None = None
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Real tokens, and sequences that hold at least one. Without a context: one sequence."""
+    logits = output.router_logits
+    num_sequences = 1 if context is None else context.batch_size
+    if output.valid is None:
+        return logits.new_tensor(len(logits)), logits.new_tensor(num_sequences)
+    per_sequence = output.valid.view(num_sequences, -1).sum(1)
+    return per_sequence.sum().to(logits.dtype), (per_sequence > 0).sum().to(logits.dtype)
+
+
+_records: tuple[type[Any], ...] = (RouterOutput, RoutingContext, StepTotals)
+for _record in _records:  # pytrees: they pass through activation checkpointing and compile
+    torch.export.register_dataclass(_record)

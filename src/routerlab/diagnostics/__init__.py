@@ -1,0 +1,1 @@
+"""A layer's RouterOutput to named numbers: additive sums first, values after the reduction."""

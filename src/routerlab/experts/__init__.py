@@ -1,0 +1,1 @@
+"""What a token meets: networks with one slice of weights an expert."""

@@ -1,0 +1,71 @@
+"""The load-balancing loss: 1 when experts share the work, E/K when K of them do it all."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from routerlab.core.routing import RouterOutput, RoutingContext, StepTotals, count_experts
+
+Scope = Literal["micro_batch", "sequence", "global"]
+
+
+class LoadBalancingLoss(nn.Module):
+    r""":math:`E \sum_i f_i P_i` of one layer (Fedus et al., arXiv 2101.03961, equations 4-6).
+
+    :math:`f_i` is expert i's share of *all* picks, counted before capacity drops and without
+    gradient; :math:`P_i` is the mean of its ``router_probs``, which carries the gradient. Both sum
+    to 1, so the value is 1 at perfect balance for every K (transformers and flaxformer report K
+    there: divide their coefficient by K, or multiply ours). Padding is in neither.
+
+    ``scope`` says over which tokens f and P are taken:
+
+    - ``global``: the whole optimizer step, all micro-batches and ranks (Qiu et al., arXiv
+      2501.11873). Value and gradient do not depend on how the step is cut.
+    - ``sequence``: each sequence, then the mean over sequences (DeepSeek-V3, arXiv 2412.19437);
+      likewise independent of the cut.
+    - ``micro_batch``: the micro-batch of one rank, then the token-weighted mean. The strictest, and
+      by its nature dependent on the cut.
+    """
+
+    def __init__(self, weight: float = 0.01, scope: Scope = "global") -> None:
+        super().__init__()
+        if scope not in ("micro_batch", "sequence", "global"):
+            raise ValueError(f"scope={scope!r}: must be 'micro_batch', 'sequence' or 'global'")
+        self.weight, self.scope = weight, scope
+        self.needs_step_counts = scope == "global"
+
+    def forward(
+        self,
+        output: RouterOutput,
+        context: RoutingContext | None = None,
+        totals: StepTotals | None = None,
+    ) -> Float[Tensor, ""]:
+        """This record's share of the step's loss; without ``totals``, the loss of the record."""
+        totals = StepTotals.of(output, context) if totals is None else totals
+        if self.scope == "sequence":
+            return self._over_sequences(output, context) / totals.num_sequences
+        counts = output.requests_per_expert
+        if self.scope == "global":
+            if totals.requests_per_expert is None:
+                raise ValueError("scope='global' needs totals.requests_per_expert")
+            counts = totals.requests_per_expert
+        load = counts / counts.sum().clamp(min=1)
+        probs = output.without_padding(output.router_probs).sum(0) / totals.num_tokens
+        return output.num_experts * (load * probs).sum()
+
+    def _over_sequences(self, output: RouterOutput, context: RoutingContext | None) -> Tensor:
+        num_sequences = 1 if context is None else context.batch_size
+        num_experts, probs = output.num_experts, output.router_probs
+        length = len(probs) // num_sequences
+        cell = (output.token_indices // length) * num_experts + output.expert_indices
+        counts = count_experts(cell, num_sequences * num_experts).view(num_sequences, num_experts)
+        load = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        if output.valid is not None:
+            probs = torch.where(output.valid[:, None], probs, 0.0)
+            tokens = output.valid.view(num_sequences, length).sum(1).clamp(min=1)
+        else:
+            tokens = torch.full((num_sequences,), length, device=probs.device)
+        means = probs.view(num_sequences, length, num_experts).sum(1) / tokens[:, None]
+        return num_experts * (load * means).sum()

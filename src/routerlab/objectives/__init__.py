@@ -1,0 +1,1 @@
+"""LightningModules: a task, and the routing that serves it."""

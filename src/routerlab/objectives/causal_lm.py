@@ -1,0 +1,37 @@
+"""Next-token prediction."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from routerlab.objectives.routed import Batch, RoutedObjective
+
+
+class CausalLM(RoutedObjective):
+    """Cross-entropy of the next token: ``labels[b, s]`` follows ``input_ids[b, s]``; -100 is none.
+
+    Routers that look across tokens (``causal = False``) leak the future into the prediction and
+    are refused, unless ``allow_noncausal``. The other arguments are those of `RoutedObjective`.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, *, allow_noncausal: bool = False, **shared: Any
+    ) -> None:
+        super().__init__(backbone, **shared)
+        leaking = sorted(
+            name for name, module in backbone.named_modules() if not getattr(module, "causal", True)
+        )
+        if leaking and not allow_noncausal:
+            raise ValueError(
+                f"{leaking[0]} looks at other tokens (causal=False) and would leak the future; "
+                "choose another router, or set objective.allow_noncausal=true and mark the results"
+            )
+
+    def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy [B, S] in nats; 0 where there is no target."""
+        labels = batch["labels"]
+        losses = F.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+        )
+        return losses.view(labels.shape)

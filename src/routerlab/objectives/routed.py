@@ -1,0 +1,280 @@
+"""One optimizer step of a routed model: micro-batches, ranks, auxiliary losses, diagnostics."""
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from routerlab.core.protocols import AuxLoss, Diagnostic
+from routerlab.core.routing import RoutingContext, StepTotals
+from routerlab.core.seeding import stable_seed
+from routerlab.diagnostics.collection import DiagnosticSums, flatten
+from routerlab.objectives.optimizer import OptimizerRecipe
+from routerlab.objectives.step import (
+    Batch,
+    Counts,
+    Records,
+    all_reduce,
+    rank,
+    split_batch,
+    step_totals,
+    sum_counts,
+    world_size,
+)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or its gradient is NaN or infinite; the optimizer step was not taken."""
+
+
+class RoutedObjective(pl.LightningModule):
+    r"""A task loss plus weighted auxiliary losses: a batch is one optimizer step of this rank.
+
+    .. math:: \frac{\sum_n \ell_n}{\#n} + \sum_{loss} w_{loss} \frac{1}{L} \sum_l loss(layer\ l)
+
+    All sums run over the whole step, whatever ``micro_batches`` and the number of ranks: those are
+    knobs for memory and speed, not for results. Where a loss needs the step's expert counts before
+    the first backward pass (``needs_step_counts``), more than one micro-batch costs a forward pass
+    without gradients to count them; that is the price of exactness.
+
+    A subclass says what the task is: `task_loss`.
+
+    Args:
+        backbone: ``(input_ids, context) -> BackboneOutput``.
+        optimizer: optimizer and learning-rate schedule.
+        losses, diagnostics: by name.
+        seed: of the run; what a router draws depends on it, the step, micro-batch and rank.
+        micro_batches: pieces into which a rank's batch is cut.
+        gradient_clip_norm: largest norm of the gradient; null does not clip.
+        log_every: diagnostics are computed on every n-th step.
+        domains: names of the labels in ``batch["domain"]``.
+        bytes_per_token: of each domain, to report bits per byte.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        optimizer: OptimizerRecipe,
+        losses: Mapping[str, AuxLoss],
+        diagnostics: Mapping[str, Diagnostic],
+        seed: int = 0,
+        micro_batches: int = 1,
+        gradient_clip_norm: float | None = 1.0,
+        log_every: int = 10,
+        domains: list[str] | None = None,
+        bytes_per_token: list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        for name, value in (("micro_batches", micro_batches), ("log_every", log_every)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        if gradient_clip_norm is not None and gradient_clip_norm <= 0:
+            raise ValueError(f"gradient_clip_norm={gradient_clip_norm}: must be above 0, or null")
+        self.backbone, self.recipe = backbone, optimizer
+        self.losses, self.diagnostics = dict(losses), dict(diagnostics)
+        self.seed, self.micro_batches, self.log_every = seed, micro_batches, log_every
+        self.gradient_clip_norm = gradient_clip_norm
+        self.domains = domains or ["all"]
+        self.bytes_per_token = bytes_per_token or [1.0] * len(self.domains)
+        self._bytes_per_token = sum(self.bytes_per_token) / len(self.bytes_per_token)
+        self.validation_result: tuple[dict[str, float], dict[str, list]] = ({}, {})
+
+    def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Loss [B, S] of each position in nats; positions without a target hold 0."""
+        raise TypeError(f"{type(self).__name__} does not define task_loss")
+
+    def num_targets(self, batch: Batch) -> Tensor:
+        """Number of positions of ``batch`` that have a target, [B]."""
+        return (batch["labels"] != -100).sum(1)
+
+    # -- one optimizer step ---------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Takes one optimizer step; returns its loss and, when due, scalars and distributions."""
+        step, due = self.global_step, (self.global_step + 1) % self.log_every == 0
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        parts = split_batch(batch, self.micro_batches)
+        contexts = [self.context(part, step, i) for i, part in enumerate(parts)]
+        terms, sums = self.accumulate(parts, contexts, due)
+        norm = self._clip()
+        if not (math.isfinite(terms["loss"]) and math.isfinite(norm)):
+            raise NonFiniteLossError(self._blame(parts, contexts, terms["loss"], norm))
+        scheduler: Any = self.lr_schedulers()
+        lr = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        result: dict[str, Any] = {"loss": torch.tensor(terms["loss"]), "due": due}
+        if due:
+            task = terms["task"]
+            scalars = {"train/loss": task, "train/total_loss": terms["loss"]}
+            scalars["train/bits_per_byte"] = task / math.log(2) / self._bytes_per_token
+            scalars |= {"train/learning_rate": lr, "train/grad_norm": norm}
+            scalars |= {key: value for key, value in terms.items() if key.startswith("loss/")}
+            routing, result["distributions"] = flatten(sums.values(all_reduce), "router")
+            result["scalars"] = scalars | routing
+        return result
+
+    def accumulate(
+        self, parts: list[Batch], contexts: list[RoutingContext], due: bool
+    ) -> tuple[dict[str, float], DiagnosticSums]:
+        """Adds the gradient of the step to the parameters; returns the step's loss terms (equal on
+        all ranks) and, when ``due``, the diagnostic sums of this rank.
+        """
+        targets = torch.stack([self.num_targets(part).sum() for part in parts]).sum()
+        totals, num_targets = step_totals(contexts, targets)
+        counts = self.count_step(parts, contexts)
+        sums, terms = DiagnosticSums(self.diagnostics if due else {}), {}
+        for index, (part, context) in enumerate(zip(parts, contexts, strict=True)):
+            out = self.backbone(part["input_ids"], context)
+            if counts is None:  # one micro-batch: its own records tell
+                counts = sum_counts([out.router_outputs])
+            shares = {"task": self.task_loss(out.logits, part).sum() / num_targets}
+            shares |= self.aux_losses(out.router_outputs, context, totals, counts)
+            shares["loss"] = self.weigh(shares)
+            with self._sync(last=index == len(parts) - 1):
+                # DDP averages gradients over ranks; shares are to be summed
+                self._backward(shares["loss"] * world_size())
+            sums.add(out.router_outputs, context)
+            for key, share in shares.items():
+                terms[key] = terms.get(key, 0.0) + share.detach()
+        values = all_reduce(torch.stack(list(terms.values()))).tolist()
+        terms = dict(zip(terms, values, strict=True))
+        for name, loss in self.losses.items():
+            terms[f"loss/{name}/weighted"] = terms[f"loss/{name}"] * loss.weight
+        return terms, sums
+
+    def weigh(self, shares: Mapping[str, Tensor]) -> Tensor:
+        """The task loss plus the weighted auxiliary losses."""
+        total = shares["task"]
+        for name, loss in self.losses.items():
+            total = total + loss.weight * shares[f"loss/{name}"]
+        return total
+
+    def aux_losses(
+        self,
+        router_outputs: Records,
+        context: RoutingContext,
+        totals: StepTotals,
+        counts: Counts,
+    ) -> dict[str, Tensor]:
+        """This micro-batch's share of each loss: computed layer by layer, then averaged."""
+        values = {}
+        for name, loss in self.losses.items():
+            layers = [
+                loss(out, context, replace(totals, requests_per_expert=counts.get(layer)))
+                for layer, out in router_outputs.items()
+            ]
+            values[f"loss/{name}"] = torch.stack(layers).mean()
+        return values
+
+    @torch.no_grad()
+    def count_step(self, parts: list[Batch], contexts: list[RoutingContext]) -> Counts | None:
+        """Requests per expert of the whole step, by a forward pass without gradients; None where
+        the records of the only micro-batch will tell, empty where no loss asks.
+        """
+        if not any(loss.needs_step_counts for loss in self.losses.values()):
+            return {}
+        if len(parts) == 1:
+            return None
+        both = zip(parts, contexts, strict=True)
+        return sum_counts([self.backbone(p["input_ids"], c).router_outputs for p, c in both])
+
+    def context(self, batch: Batch, step: int, part: int) -> RoutingContext:
+        """What routers may know of a micro-batch."""
+        batch_size, length = batch["input_ids"].shape
+        valid = batch.get("valid")
+        max_steps = self.trainer.max_steps if self._trainer is not None else 0
+        return RoutingContext(
+            batch_size=batch_size,
+            sequence_length=length,
+            valid=None if valid is None else valid.reshape(-1),
+            domain_ids=batch.get("domain"),
+            progress=min(1.0, step / max_steps) if max_steps > 0 else 0.0,
+            seed=stable_seed(self.seed, step, part, rank()),
+        )
+
+    # -- validation -----------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts the sums over the validation set."""
+        self._val_loss = torch.zeros(len(self.domains), 2, dtype=torch.float64, device=self.device)
+        self._val_sums = DiagnosticSums(self.diagnostics)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch to the sums: nothing is averaged before the end."""
+        context = self.context(batch, 0, 0)
+        out = self.backbone(batch["input_ids"], context)
+        losses = self.task_loss(out.logits, batch).double().sum(1)
+        rows = torch.stack([losses, self.num_targets(batch).double()], dim=1)
+        domain = batch.get("domain", torch.zeros_like(batch["input_ids"][:, 0]))
+        self._val_loss.index_add_(0, domain, rows)
+        self._val_sums.add(out.router_outputs, context)
+
+    def on_validation_epoch_end(self) -> None:
+        """Reduces over ranks, then takes means: `validation_result` holds what came out."""
+        loss, count = all_reduce(self._val_loss).cpu().unbind(1)
+        bytes_seen = count * torch.tensor(self.bytes_per_token, dtype=torch.float64)
+        bits = loss / math.log(2)
+        scalars = {"val/loss": float(loss.sum() / count.sum().clamp(min=1))}
+        scalars["val/bits_per_byte"] = float(bits.sum() / bytes_seen.sum().clamp(min=1))
+        for name, b, n in zip(self.domains, bits, bytes_seen, strict=True):
+            if n:
+                scalars[f"val/bits_per_byte/{name}"] = float(b / n)
+        routing, distributions = flatten(self._val_sums.values(all_reduce), "val/router")
+        self.validation_result = (scalars | routing, distributions)
+
+    # -- Lightning ------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and its schedule over ``trainer.max_steps``."""
+        optimizer, scheduler = self.recipe.build(self, self.trainer.max_steps)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    def _sync(self, last: bool) -> Any:
+        """Ranks exchange gradients once a step, with the last micro-batch."""
+        if (
+            last
+            or self._trainer is None
+            or not hasattr(self.trainer.strategy, "block_backward_sync")
+        ):
+            return nullcontext()
+        return self.trainer.strategy.block_backward_sync()
+
+    def _backward(self, loss: Tensor) -> None:
+        if self._trainer is None:
+            loss.backward()
+        else:
+            self.manual_backward(loss)
+
+    def _clip(self) -> float:
+        limit = math.inf if self.gradient_clip_norm is None else self.gradient_clip_norm
+        return float(nn.utils.clip_grad_norm_(self.parameters(), limit))
+
+    @torch.no_grad()
+    def _blame(
+        self, parts: list[Batch], contexts: list[RoutingContext], loss: float, norm: float
+    ) -> str:
+        """Which layer's router logits blew up: the forward pass once more, looking."""
+        peaks: dict[str, float] = {}
+        for part, context in zip(parts, contexts, strict=True):
+            for layer, out in self.backbone(part["input_ids"], context).router_outputs.items():
+                peak = out.without_padding(out.router_logits).abs().amax().item()
+                peaks[layer] = peak if math.isnan(peak) else max(peaks.get(layer, 0.0), peak)
+        bad = [layer for layer, peak in peaks.items() if not math.isfinite(peak)]
+        largest = max(peaks, key=lambda layer: peaks[layer])
+        where = (
+            f"the router logits of {bad[0]} are the first that are not finite"
+            if bad
+            else f"all router logits are finite, the largest ({peaks[largest]:.3g}) in {largest}"
+        )
+        return (
+            f"step {self.global_step + 1}: loss {loss}, gradient norm {norm}; {where}. "
+            "The step was not taken."
+        )

@@ -1,0 +1,71 @@
+"""An optimizer step cut into micro-batches and ranks: its pieces and its sums."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from routerlab.core.routing import RouterOutput, RoutingContext, StepTotals
+
+Batch = dict[str, Tensor]
+Records = Mapping[str, RouterOutput]  # layer -> record
+Counts = dict[str, Tensor]  # layer -> requests per expert
+
+
+def world_size() -> int:
+    """Number of data-parallel processes."""
+    on = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if on else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return torch.distributed.get_rank() if world_size() > 1 else 0
+
+
+def all_reduce(value: Tensor) -> Tensor:
+    """The sum of ``value`` over ranks."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(value)
+    return value
+
+
+def split_batch(batch: Batch, micro_batches: int) -> list[Batch]:
+    """The micro-batches of a batch, of sizes that differ by at most one sequence."""
+    size = len(batch["input_ids"])
+    if micro_batches > size:
+        raise ValueError(
+            f"micro_batches={micro_batches}: must be at most the {size} sequences that a rank has "
+            "in a step"
+        )
+    pieces = {key: value.tensor_split(micro_batches) for key, value in batch.items()}
+    return [{key: piece[i] for key, piece in pieces.items()} for i in range(micro_batches)]
+
+
+def step_totals(
+    contexts: Sequence[RoutingContext], num_targets: Tensor
+) -> tuple[StepTotals, Tensor]:
+    """Tokens, sequences and targets of the step, over micro-batches and ranks.
+
+    ``num_targets`` is this rank's number of targets; each total is at least 1.
+    """
+    rows = []
+    for context in contexts:
+        per_sequence = num_targets.new_full((context.batch_size,), context.sequence_length)
+        if context.valid is not None:
+            per_sequence = context.valid.view(context.batch_size, -1).sum(1)
+        rows.append(torch.stack([per_sequence.sum(), (per_sequence > 0).sum()]))
+    flat = torch.cat([torch.stack(rows).sum(0), num_targets.view(1)]).double()
+    tokens, sequences, targets = all_reduce(flat).clamp(min=1).float()
+    return StepTotals(tokens, sequences), targets
+
+
+@torch.no_grad()
+def sum_counts(records: Sequence[Records]) -> Counts:
+    """Requests per expert of each layer, over micro-batches and ranks, in one reduction."""
+    counts = [
+        torch.stack([record[layer].requests_per_expert for record in records]).sum(0)
+        for layer in records[0]
+    ]
+    flat = all_reduce(torch.cat(counts))
+    return dict(zip(records[0], flat.split([len(c) for c in counts]), strict=True))
