@@ -1,7 +1,7 @@
 """Routing is a value: what a router is told, what it decided, and the sums of one training step."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,7 @@ class RoutingContext:
     sequence_length: int
     valid: Bool[Tensor, "T"] | None = None  # False on padding; None: no padding
     domain_ids: Int[Tensor, "B"] | None = None  # labels for diagnostics, not for routers
+    num_domains: int = 0
     task_ids: Int[Tensor, "B"] | None = None
     noise_level: Float[Tensor, "B"] | None = None  # diffusion
     sequence_embedding: Float[Tensor, "B D"] | None = None
@@ -25,7 +26,7 @@ class RoutingContext:
     seed: int = 0  # of run seed, step, micro-batch and rank
     layer: int = 0
 
-    def at_layer(self, layer: int) -> Self:
+    def at_layer(self, layer: int) -> "RoutingContext":
         """The same context as seen by layer number ``layer``."""
         return replace(self, layer=layer)
 
@@ -67,7 +68,7 @@ class RouterOutput:
         kept: Bool[Tensor, "T K"] | None = None,
         log_prob: Float[Tensor, "T"] | None = None,
         valid: Bool[Tensor, "T"] | None = None,
-    ) -> Self:
+    ) -> "RouterOutput":
         """The record of K picks a token; padding and picks outside ``kept`` (capacity) leave it."""
         num_tokens, top_k = expert_indices.shape
         tokens = torch.arange(num_tokens, device=expert_indices.device)
@@ -100,7 +101,7 @@ class RouterOutput:
         token_indices: Int[Tensor, "E C"],
         combine_weights: Float[Tensor, "E C"],
         valid: Bool[Tensor, "T"] | None = None,
-    ) -> Self:
+    ) -> "RouterOutput":
         """The record of experts that each pick C tokens; picks of padding leave it."""
         experts = torch.arange(len(token_indices), device=token_indices.device)
         picks = (token_indices, experts[:, None].expand_as(token_indices), combine_weights)
@@ -119,7 +120,7 @@ class RouterOutput:
         dropped_per_expert: Int[Tensor, "E"] | None = None,
         log_prob: Float[Tensor, "T"] | None = None,
         valid: Bool[Tensor, "T"] | None = None,
-    ) -> Self:
+    ) -> "RouterOutput":
         """The record of any choice map, token by token, with any number of experts a token."""
         mask = dispatch_mask if valid is None else dispatch_mask & valid[:, None]
         tokens, experts = mask.nonzero(as_tuple=True)
@@ -186,10 +187,10 @@ class StepTotals:
     requests_per_expert: Int[Tensor, "E"] | None = None  # of one layer
 
     @classmethod
-    def of(cls, output: RouterOutput, context: RoutingContext | None = None) -> Self:
+    def of(cls, output: RouterOutput, context: RoutingContext | None = None) -> "StepTotals":
         """The totals of a step that consists of this one record."""
         num_tokens, num_sequences = count_tokens(output, context)
-        return cls(num_tokens, num_sequences, output.requests_per_expert)
+        return cls(num_tokens.clamp(min=1), num_sequences.clamp(min=1), output.requests_per_expert)
 
 
 def count_experts(expert_indices: Int[Tensor, "N"], num_experts: int) -> Int[Tensor, "E"]:

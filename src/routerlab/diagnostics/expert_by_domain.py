@@ -17,22 +17,18 @@ class ExpertByDomain:
     domain. Kept assignments only. Empty without ``context.domain_ids``.
     """
 
-    def __init__(self, num_domains: int) -> None:
-        if num_domains < 1:
-            raise ValueError(f"num_domains={num_domains}: must be at least 1")
-        self.num_domains = num_domains
-
     def sums(
         self, output: RouterOutput, context: RoutingContext | None = None
     ) -> dict[str, Tensor]:
         """Assignments [num_domains, E] and tokens [num_domains] of each domain."""
         if context is None or context.domain_ids is None:
             return {}
+        num_domains = context.num_domains
         domains = context.domain_ids.repeat_interleave(context.sequence_length)
         cell = domains[output.token_indices] * output.num_experts + output.expert_indices
-        counts = count_experts(cell, self.num_domains * output.num_experts)
-        tokens = count_experts(output.without_padding(domains), self.num_domains)
-        return {"counts": counts.view(self.num_domains, -1), "tokens": tokens}
+        counts = count_experts(cell, num_domains * output.num_experts)
+        tokens = count_experts(output.without_padding(domains), num_domains)
+        return {"counts": counts.view(num_domains, -1), "tokens": tokens}
 
     def values(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The table and its mutual information."""

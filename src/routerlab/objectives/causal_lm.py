@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,7 +32,6 @@ class CausalLM(RoutedObjective):
     def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy [B, S] in nats; 0 where there is no target."""
         labels = batch["labels"]
-        losses = F.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
-        )
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+        losses = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="none")
         return losses.view(labels.shape)

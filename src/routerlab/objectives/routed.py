@@ -196,6 +196,7 @@ class RoutedObjective(pl.LightningModule):
             sequence_length=length,
             valid=None if valid is None else valid.reshape(-1),
             domain_ids=batch.get("domain"),
+            num_domains=len(self.domains),
             progress=min(1.0, step / max_steps) if max_steps > 0 else 0.0,
             seed=stable_seed(self.seed, step, part, rank()),
         )
@@ -209,7 +210,7 @@ class RoutedObjective(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the sums: nothing is averaged before the end."""
-        context = self.context(batch, 0, 0)
+        context = self.context(batch, self.global_step, batch_idx)
         out = self.backbone(batch["input_ids"], context)
         losses = self.task_loss(out.logits, batch).double().sum(1)
         rows = torch.stack([losses, self.num_targets(batch).double()], dim=1)

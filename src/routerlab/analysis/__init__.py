@@ -1,0 +1,1 @@
+"""Recorded routings and finished runs, read from files."""

@@ -1,0 +1,1 @@
+"""The command line. Nothing at module level imports torch."""

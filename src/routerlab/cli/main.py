@@ -1,0 +1,72 @@
+"""``routerlab <command>``: finds the command and hands over."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from routerlab.training.config import ConfigError, nearest, use_directory
+
+# word -> (module with main(argv) -> exit code, one line)
+COMMANDS = {
+    "train": ("routerlab.cli.train", "train a run, or go on with one (resume=DIR)"),
+    "eval": ("routerlab.cli.evaluate", "validate the newest checkpoint of a run (run=DIR)"),
+    "routers": ("routerlab.cli.routers", "list the routers"),
+    "bench": ("routerlab.bench.command", "measure the MoE layer against a dense one"),
+    "doctor": ("routerlab.cli.doctor", "look at this machine and run a self-test"),
+}
+
+_HELP = """\
+routerlab: a laboratory for mixture-of-experts routers
+
+usage: routerlab COMMAND [OPTION ...]
+
+{commands}
+
+  routerlab train experiment=quickstart            train on real text and write a report
+  routerlab train experiment=quickstart router.top_k=1 router.normalize_weights=false
+  routerlab train --cfg job                        show the whole config
+  routerlab train --config-dir my_lab router=mine  use your own router
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command named by the first word; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        lines = [f"  {name:<9}{about}" for name, (_, about) in COMMANDS.items()]
+        print(_HELP.format(commands="\n".join(lines)), end="")
+        return 0
+    command, *rest = words
+    if command not in COMMANDS:
+        print(f"routerlab: no command {command!r}; {nearest(command, COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        for directory in _config_dirs(rest):
+            use_directory(directory)
+        return importlib.import_module(COMMANDS[command][0]).main(rest)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except ValueError as error:  # a constructor or a data file refused its input
+        if os.environ.get("ROUTERLAB_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        print("(set ROUTERLAB_TRACEBACK=1 to see where)", file=sys.stderr)
+        return 2
+
+
+def _config_dirs(words: Sequence[str]) -> list[str]:
+    """Values of ``--config-dir``, of which hydra knows but our imports must know too."""
+    found = [w.split("=", 1)[1] for w in words if w.startswith("--config-dir=")]
+    for name, value in zip(words, words[1:], strict=False):
+        if name in ("--config-dir", "-cd"):
+            found.append(value)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

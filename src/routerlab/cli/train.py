@@ -1,0 +1,31 @@
+"""``routerlab train``: hydra overrides in, a run directory out."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from routerlab.cli.hydra_app import run
+
+
+def main(argv: Sequence[str]) -> int:
+    """Trains each job of the command line and prints its headline."""
+    run("train", "train", argv, _train)
+    return 0
+
+
+def _train(cfg: Any, overrides: list[str]) -> float | None:
+    from routerlab.objectives.routed import NonFiniteLossError
+    from routerlab.training.run_directory import is_main_process
+    from routerlab.training.summary import print_headline
+    from routerlab.training.train import train
+
+    try:
+        finished = train(cfg, overrides)
+    except NonFiniteLossError as error:
+        notes = "\n  ".join(getattr(error, "__notes__", []))
+        print(f"error: {error}\n  {notes}", file=sys.stderr)
+        raise SystemExit(1) from error
+    if not is_main_process():
+        return None
+    print_headline(finished)
+    return finished.read_json("summary.json")["val"]["bits_per_byte"]

@@ -1,0 +1,96 @@
+"""A config's data, objective and trainer, put together and checked against each other."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig
+
+from routerlab.objectives.routed import RoutedObjective
+from routerlab.training.checks import check_device, check_fit
+from routerlab.training.config import ConfigError
+from routerlab.training.instantiate import build, build_all, build_backbone
+
+
+def build_data(cfg: DictConfig) -> Any:
+    """The data module, prepared and open."""
+    data = build(cfg.data)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def build_objective(cfg: DictConfig, data: Any) -> RoutedObjective:
+    """The LightningModule of a config, for the labels and units of its data."""
+    check_fit(cfg, data.corpus.vocab_size)
+    counts = data.corpus.meta
+    per_token = [
+        b / t for b, t in zip(counts["bytes"]["val"], counts["tokens"]["val"], strict=True)
+    ]
+    domains = data.corpus.domains
+    return build(
+        cfg.objective,
+        backbone=build_backbone(cfg),
+        optimizer=build(cfg.optimizer),
+        losses=build_all(cfg.loss),
+        diagnostics=build_all(cfg.diagnostic),
+        seed=cfg.seed,
+        domains=domains,
+        bytes_per_token=per_token,
+    )
+
+
+def build_trainer(
+    cfg: DictConfig, directory: Path, callbacks: list[pl.Callback], loggers: list[Logger]
+) -> pl.Trainer:
+    """The trainer: one endless epoch, our checkpoints, our progress, no requeue of its own."""
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    from routerlab.training.callbacks.checkpoint import AtomicCheckpointIO
+
+    check_device(cfg)
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return build(
+        cfg.trainer,
+        default_root_dir=str(directory),
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=plugins,
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def check_batch(cfg: DictConfig, world_size: int) -> None:
+    """Refuses a batch that cannot be cut as asked."""
+    size, pieces = cfg.data.batch_size, cfg.objective.micro_batches
+    if size % world_size:
+        raise ConfigError(f"data.batch_size={size}: not a multiple of the {world_size} processes")
+    if pieces > size // world_size:
+        raise ConfigError(
+            f"objective.micro_batches={pieces}: must be at most the {size // world_size} sequences "
+            "that a process has in a step (data.batch_size / processes)"
+        )
+
+
+def quiet() -> None:
+    """Silences remarks of libraries that are of no use to our users."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for text in (
+        ".*srun.* command is available.*",
+        ".*does not have many workers.*",
+        ".*anonymous.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        "Using ModelCheckpoint with manual optimization.*",  # after the step is what we want
+    ):
+        warnings.filterwarnings("ignore", message=text)

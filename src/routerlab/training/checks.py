@@ -1,0 +1,53 @@
+"""What can be known to be wrong before any training starts."""
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from routerlab.analysis.compare import flat
+from routerlab.training.config import ConfigError
+
+# Changing these does not change what a run computes, so a resumed run may.
+_FREE_TO_CHANGE = ("resume", "run_dir", "paths.", "callback.", "logger.", "trainer.max_steps")
+
+
+def check_device(cfg: DictConfig) -> None:
+    """Refuses a device that this machine does not have."""
+    wanted, devices = cfg.trainer.accelerator, cfg.trainer.devices
+    gpus = torch.cuda.device_count()
+    if wanted in ("gpu", "cuda") and not gpus:
+        raise ConfigError(
+            f"trainer.accelerator={wanted}: this machine has no CUDA device; use cpu or auto"
+        )
+    if wanted in ("gpu", "cuda") and isinstance(devices, int) and devices > gpus:
+        raise ConfigError(f"trainer.devices={devices}: this machine has {gpus} CUDA devices")
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("trainer.accelerator=mps: this machine has no Metal device")
+
+
+def check_fit(cfg: DictConfig, vocab_size: int) -> None:
+    """Refuses text that the backbone cannot read: too long, or with too many symbols."""
+    backbone, data = cfg.backbone, cfg.data
+    if data.seq_len > backbone.max_positions:
+        raise ConfigError(
+            f"data.seq_len={data.seq_len}: longer than backbone.max_positions="
+            f"{backbone.max_positions}"
+        )
+    if vocab_size > backbone.vocab_size:
+        raise ConfigError(
+            f"backbone.vocab_size={backbone.vocab_size}: the tokenizer {data.tokenizer!r} has "
+            f"{vocab_size} symbols; set backbone.vocab_size={vocab_size} or more"
+        )
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Lines ``key: old -> new`` for keys that change what a run computes."""
+    old, new = flat(before), flat(after)
+    keys = [k for k in sorted(old.keys() | new.keys()) if not k.startswith(_FREE_TO_CHANGE)]
+    absent = "(absent)"
+    return [
+        f"{key}: {old.get(key, absent)} -> {new.get(key, absent)}"
+        for key in keys
+        if old.get(key, absent) != new.get(key, absent)
+    ]

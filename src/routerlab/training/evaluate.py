@@ -1,0 +1,45 @@
+"""A finished run's model on held-out text."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from routerlab.training import assemble
+from routerlab.training.config import ConfigError
+from routerlab.training.run_directory import RunDirectory
+
+
+def load_objective(
+    run: RunDirectory, checkpoint: str | None = None, cfg: DictConfig | None = None
+) -> tuple[Any, Any, Path]:
+    """The objective with a checkpoint's weights, its data, and which checkpoint it was."""
+    cfg = run.config if cfg is None else cfg
+    path = Path(checkpoint) if checkpoint else run.newest_checkpoint()[0]
+    if path is None or not path.is_file():
+        raise ConfigError(f"checkpoint {checkpoint or 'of ' + str(run.path)!r}: there is none")
+    data = assemble.build_data(cfg)
+    objective = assemble.build_objective(cfg, data)
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    objective.load_state_dict(state)
+    return objective, data, path
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """Validates the run ``cfg.run``; the metrics, also written to ``evaluation.json`` there."""
+    assemble.quiet()
+    run = RunDirectory.existing(cfg.run)
+    own = run.config
+    OmegaConf.set_struct(own, False)
+    if "max_val_windows" in own.data:
+        own.data.max_val_windows = cfg.max_val_windows
+    objective, data, path = load_objective(run, cfg.checkpoint, own)
+    trainer = assemble.build_trainer(own, run.path, [], [])
+    trainer.validate(objective, datamodule=data, verbose=False)
+    metrics, distributions = objective.validation_result
+    result = {"checkpoint": str(path), "metrics": metrics, "distributions": distributions}
+    file = run.path / "evaluation.json"
+    file.write_text(json.dumps(result, indent=2) + "\n")
+    return result | {"file": str(file)}

@@ -1,0 +1,106 @@
+"""From config nodes to objects: the only caller of hydra's instantiate."""
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from routerlab.training.config import ConfigError, compose, nearest, user_dirs
+
+_LIBRARIES = ("routerlab", "torch", "lightning", "transformers", "peft")
+
+
+def build(node: DictConfig, **objects: Any) -> Any:
+    """The object that a ``_target_`` node describes, from its own keys and ``objects``."""
+    return partial(node)(**objects)
+
+
+def partial(node: DictConfig) -> Callable[..., Any]:
+    """The target with the node's keys filled in, still to be called with the rest."""
+    import hydra.utils
+
+    check_targets(node)
+    plain = OmegaConf.create(OmegaConf.to_container(node, resolve=True))  # free of its parents
+    made = hydra.utils.instantiate(plain, _partial_=True, _convert_="all")
+    return functools.partial(made.func, *made.args, **made.keywords)  # hydra's re-checks per call
+
+
+def build_router(name: str, **knobs: Any) -> nn.Module:
+    """The router of ``configs/router/<name>.yaml`` with its knobs: ``d_model``, ``num_experts`` and
+    any that the file holds.
+    """
+    node = compose(f"router={name}").router
+    target = _locate(node["_target_"])
+    unknown = [knob for knob in knobs if knob not in _parameters(target)]
+    if unknown:
+        hint = nearest(unknown[0], _parameters(target))
+        raise ConfigError(f"router {name!r} has no knob {unknown[0]!r}; {hint}")
+    return build(node, **knobs)
+
+
+def build_backbone(cfg: DictConfig) -> nn.Module:
+    """The model of a composed config, freshly initialised."""
+    return build(cfg.backbone, router=partial(cfg.router), experts=partial(cfg.experts))
+
+
+def build_all(nodes: DictConfig | None) -> dict[str, Any]:
+    """Every object of a list group (losses, diagnostics, callbacks ...), by name."""
+    return {str(name): build(node) for name, node in (nodes or {}).items()}
+
+
+def check_targets(node: Any, path: str = "") -> None:
+    """Refuses targets from elsewhere than the known libraries and the user's own directories, and
+    keys that the target does not take.
+    """
+    if not isinstance(node, DictConfig):
+        return
+    for key in node:
+        if not OmegaConf.is_missing(node, key):
+            check_targets(node[key], f"{path}{key}.")
+    if "_target_" not in node:
+        return
+    name = node["_target_"]
+    top = name.split(".")[0]
+    if top not in _LIBRARIES and not _is_users(top):
+        raise ConfigError(
+            f"{path}_target_={name!r}: must come from {', '.join(_LIBRARIES)}, or from a python "
+            "file in a directory given with --config-dir"
+        )
+    parameters = _parameters(_locate(name))
+    for key in node:
+        if str(key) not in parameters and not str(key).startswith("_"):
+            raise ConfigError(
+                f"{path}{key}: {name} has no such argument; {nearest(str(key), parameters)}"
+            )
+
+
+def _locate(name: str) -> Any:
+    import hydra.utils
+
+    try:
+        return hydra.utils.get_object(name)
+    except Exception as error:
+        raise ConfigError(f"_target_={name!r}: cannot be imported ({error})") from error
+
+
+def _is_users(top: str) -> bool:
+    spec = importlib.util.find_spec(top)
+    origin = Path(spec.origin) if spec and spec.origin else None
+    return origin is not None and any(d in origin.resolve().parents for d in user_dirs())
+
+
+def _parameters(target: Any) -> list[str]:
+    """Names that a call accepts; ``**shared`` stands for those of the parent class."""
+    classes = inspect.getmro(target) if inspect.isclass(target) else (target,)
+    names: list[str] = []
+    for part in classes:
+        signature = inspect.signature(part.__init__ if inspect.isclass(part) else part)
+        names += [p.name for p in signature.parameters.values() if p.name != "self"]
+        if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+            break
+    return names

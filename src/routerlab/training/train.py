@@ -1,0 +1,161 @@
+"""One run, from a composed config to its report."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from routerlab.analysis import trace
+from routerlab.objectives.routed import NonFiniteLossError, RoutedObjective
+from routerlab.reports.html import write_report
+from routerlab.training import assemble
+from routerlab.training.callbacks.metrics import Metrics
+from routerlab.training.callbacks.reseed import Reseed
+from routerlab.training.callbacks.validation import MissedValidation
+from routerlab.training.checks import check_device, differences
+from routerlab.training.config import ConfigError, compose
+from routerlab.training.environment import environment
+from routerlab.training.instantiate import build_all, partial
+from routerlab.training.loggers import MetricsFiles
+from routerlab.training.run_directory import RunDirectory, is_main_process
+from routerlab.training.summary import summarize
+
+_RUN_DIR = "ROUTERLAB_RUN_DIR"  # tells the other processes of a run where it lies
+
+
+def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
+    """Trains (or resumes) the run that ``cfg`` describes; returns its directory.
+
+    Everything that can be known to be wrong raises `ConfigError` or ``ValueError`` before the run
+    directory is made. A run that fails later says why in ``status.json`` and keeps its checkpoints.
+    """
+    assemble.quiet()
+    run, cfg, overrides = _resumed(cfg, overrides) if cfg.resume else (None, cfg, overrides)
+    check_device(cfg)
+    torch.manual_seed(cfg.seed)  # initial weights
+    data = assemble.build_data(cfg)
+    objective = assemble.build_objective(cfg, data)
+    assemble.check_batch(cfg, _world_size(cfg))
+    callbacks = build_all(cfg.callback)
+    if run is None:
+        run = _new_run(cfg, overrides)
+    if is_main_process():
+        run.write_config(cfg, overrides)
+        run.write_json("environment.json", environment())
+        run.set_status("running")
+    try:
+        _fit(cfg, run, data, objective, callbacks)
+    except BaseException as error:
+        run.set_status("failed", error)
+        if isinstance(error, NonFiniteLossError):
+            checkpoint, _ = run.newest_checkpoint()
+            error.add_note(f"last good checkpoint: {checkpoint or 'none yet'}; run: {run.path}")
+        raise
+    finally:
+        _finish_wandb()
+    return run
+
+
+def _fit(
+    cfg: DictConfig,
+    run: RunDirectory,
+    data: Any,
+    objective: RoutedObjective,
+    extra: dict[str, pl.Callback],
+) -> None:
+    files, metrics = MetricsFiles(run.path), Metrics()
+    loggers = [files, *_loggers(cfg, run)]
+    if "checkpoint" in extra:
+        extra["checkpoint"].dirpath = str(run.path / "checkpoints")  # type: ignore[attr-defined]
+    callbacks = [Reseed(cfg.seed), metrics, MissedValidation(files), *extra.values()]
+    trainer = assemble.build_trainer(cfg, run.path, callbacks, loggers)
+    start = _start(run, files)
+    trainer.fit(objective, datamodule=data, ckpt_path=start, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if not files.has(trainer.global_step, "val/loss") or not objective.validation_result[0]:
+        trainer.validate(objective, datamodule=data, verbose=False)
+    if trainer.is_global_zero:
+        run.write_json("summary.json", summarize(cfg, run, data, objective, metrics, trainer))
+        if cfg.trace_sequences:
+            _record(cfg, run, data, objective)
+        run.set_status("done")
+        write_report(run.path)
+
+
+def _start(run: RunDirectory, files: MetricsFiles) -> str | None:
+    """The checkpoint to go on from; what was logged after it is forgotten."""
+    for scratch in (run.path / "checkpoints").glob("*.tmp"):
+        scratch.unlink()
+    checkpoint, broken = run.newest_checkpoint()
+    for path in broken:
+        print(f"warning: {path.name} is truncated; falling back to {checkpoint or 'the start'}")
+        path.rename(path.with_suffix(".truncated"))
+    files.rewind(0 if checkpoint is None else int(checkpoint.stem.removeprefix("step_")))
+    return None if checkpoint is None else str(checkpoint)
+
+
+def _resumed(
+    cfg: DictConfig, overrides: Sequence[str]
+) -> tuple[RunDirectory, DictConfig, list[str]]:
+    """The run to go on with, under its own config and what the user may change."""
+    run = RunDirectory.existing(cfg.resume)
+    words = [word for word in overrides if not word.startswith("resume=")]
+    wanted = compose(*run.overrides, *words) if words else run.config
+    before: Any = OmegaConf.to_container(run.config, resolve=True)
+    after: Any = OmegaConf.to_container(wanted, resolve=True)
+    if changed := differences(before, after):
+        raise ConfigError(
+            f"resume={cfg.resume}: that run has another config; it would not be the same run:\n  "
+            + "\n  ".join(changed)
+        )
+    wanted.resume = None
+    return run, wanted, [*run.overrides, *words]
+
+
+def _new_run(cfg: DictConfig, overrides: Sequence[str]) -> RunDirectory:
+    if not is_main_process():  # the first process made it and told us
+        path = os.environ.get(_RUN_DIR) or cfg.run_dir
+        if not path:
+            raise ConfigError("run_dir: several processes were started at once; give run_dir=...")
+        return RunDirectory(Path(path))
+    run = RunDirectory.new(Path(cfg.paths.output_dir), cfg.name, overrides, cfg.run_dir)
+    os.environ[_RUN_DIR] = str(run.path)
+    return run
+
+
+def _loggers(cfg: DictConfig, run: RunDirectory) -> list[Any]:
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    router = cfg.router["_target_"].rsplit(".", 1)[-1]
+    shared = {"directory": run.path, "config": settings, "job_type": router, "tags": run.overrides}
+    return [partial(node)(**shared) for node in (cfg.logger or {}).values()]
+
+
+def _world_size(cfg: DictConfig) -> int:
+    devices = cfg.trainer.devices
+    return (devices if isinstance(devices, int) else 1) * cfg.trainer.get("num_nodes", 1)
+
+
+@torch.no_grad()
+def _record(cfg: DictConfig, run: RunDirectory, data: Any, objective: RoutedObjective) -> None:
+    """Keeps what the routers decide on some held-out sequences, as many of each domain."""
+    dataset = data.val_dataloader().dataset
+    count = min(cfg.trace_sequences, len(dataset))
+    items = [dataset[i * len(dataset) // count] for i in range(count)]
+    ids, domains = (torch.stack([item[key] for item in items]) for key in ("input_ids", "domain"))
+    device = objective.device
+    found = trace.record(objective.backbone, ids.to(device), domains.to(device), objective.domains)
+    trace.save(run.path / "traces" / "validation.safetensors", found)
+
+
+def _finish_wandb() -> None:
+    import sys
+
+    if "wandb" in sys.modules:  # else the next job of a sweep would write into this one's run
+        import wandb
+
+        wandb.finish()
