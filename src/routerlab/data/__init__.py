@@ -1,0 +1,1 @@
+"""Text for language modelling: sources, tokenizers, cached corpora, batches, n-gram baselines."""
