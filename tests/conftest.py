@@ -48,7 +48,11 @@ def tiny_words(
     """Command-line words of a run of seconds, with any others added."""
     cache, outputs = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("outputs")
     domains = ", ".join(f"{name}: {path}" for name, path in text_files.items())
-    where = [f"data.domains={{{domains}}}", f"paths.cache_dir={cache}", f"paths.output_dir={outputs}"]
+    where = [
+        f"data.domains={{{domains}}}",
+        f"paths.cache_dir={cache}",
+        f"paths.output_dir={outputs}",
+    ]
 
     def words(*more: str, logger: str = "logger=[]") -> list[str]:
         return [*TINY, *where, logger, *more]

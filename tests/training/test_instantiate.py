@@ -40,7 +40,9 @@ def test_the_backbone_of_a_config_is_built() -> None:
     assert list(out.router_outputs) == ["layers.00.moe", "layers.01.moe", "layers.02.moe"]
 
 
-@pytest.mark.parametrize("target", ["os.system", "builtins.eval", "subprocess.run", "shutil.rmtree"])
+@pytest.mark.parametrize(
+    "target", ["os.system", "builtins.eval", "subprocess.run", "shutil.rmtree"]
+)
 def test_targets_from_elsewhere_are_refused(target: str) -> None:
     with pytest.raises(ConfigError, match="must come from routerlab"):
         partial(OmegaConf.create({"_target_": target}))

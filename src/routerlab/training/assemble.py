@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from routerlab.objectives.routed import RoutedObjective
-from routerlab.training.checks import check_device, check_fit
+from routerlab.training.checks import check_fit
 from routerlab.training.config import ConfigError
 from routerlab.training.instantiate import build, build_all, build_backbone
 
@@ -35,8 +35,8 @@ def build_objective(cfg: DictConfig, data: Any) -> RoutedObjective:
         cfg.objective,
         backbone=build_backbone(cfg),
         optimizer=build(cfg.optimizer),
-        losses=build_all(cfg.loss),
-        diagnostics=build_all(cfg.diagnostic),
+        losses=build_all(cfg.get("loss")),
+        diagnostics=build_all(cfg.get("diagnostic")),
         seed=cfg.seed,
         domains=domains,
         bytes_per_token=per_token,
@@ -51,7 +51,6 @@ def build_trainer(
 
     from routerlab.training.callbacks.checkpoint import AtomicCheckpointIO
 
-    check_device(cfg)
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))

@@ -12,8 +12,15 @@ from routerlab.training.config import ConfigError
 _FREE_TO_CHANGE = ("resume", "run_dir", "paths.", "callback.", "logger.", "trainer.max_steps")
 
 
-def check_device(cfg: DictConfig) -> None:
-    """Refuses a device that this machine does not have."""
+def check_trainer(cfg: DictConfig) -> None:
+    """Refuses a device that this machine does not have, and steps that make no sense."""
+    if cfg.trainer.max_steps < 1:
+        raise ConfigError(f"trainer.max_steps={cfg.trainer.max_steps}: must be at least 1")
+    if "accumulate_grad_batches" in cfg.trainer:
+        raise ConfigError(
+            "trainer.accumulate_grad_batches: a batch is one optimizer step here; cut it with "
+            "objective.micro_batches"
+        )
     wanted, devices = cfg.trainer.accelerator, cfg.trainer.devices
     gpus = torch.cuda.device_count()
     if wanted in ("gpu", "cuda") and not gpus:

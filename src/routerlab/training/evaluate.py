@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from routerlab.training import assemble
+from routerlab.training.checks import check_trainer
 from routerlab.training.config import ConfigError
 from routerlab.training.run_directory import RunDirectory
 
@@ -36,6 +37,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if "max_val_windows" in own.data:
         own.data.max_val_windows = cfg.max_val_windows
     objective, data, path = load_objective(run, cfg.checkpoint, own)
+    check_trainer(own)
     trainer = assemble.build_trainer(own, run.path, [], [])
     trainer.validate(objective, datamodule=data, verbose=False)
     metrics, distributions = objective.validation_result

@@ -119,7 +119,6 @@ class Wandb(WandbLogger):
     ) -> None:
         if max_keys < 1:
             raise ValueError(f"max_keys={max_keys}: must be at least 1")
-        os.environ.setdefault("WANDB_SILENT", "true")  # read when wandb is imported
         import wandb
 
         self.max_keys = max_keys
@@ -142,6 +141,7 @@ class Wandb(WandbLogger):
                 x_transaction_log_flush_interval=1.0,  # kill -9 loses a second, not a run
             ),
         )
+        self._wandb_init.pop("anonymous", None)  # lightning passes it, wandb warns of it
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

@@ -45,7 +45,7 @@ class RunDirectory:
         when = datetime.now(UTC).strftime("%Y-%m-%d_%H-%M-%S")
         said = [word.split("=", 1) for word in overrides if not word.startswith(_UNSAID)]
         words = "_".join("=".join([key.rsplit(".", 1)[-1], *value]) for key, *value in said)
-        summary = re.sub(r"[^\w.=,+-]+", "-", words)[:_SUMMARY_LENGTH]
+        summary = re.sub(r"[^\w.,+]+", "-", words)[:_SUMMARY_LENGTH]
         title = "_".join(filter(None, [when, uuid.uuid4().hex[:6], summary]))
         path = Path(at).expanduser() if at else output_dir.expanduser() / name / title
         if (path / "config.yaml").exists():

@@ -89,10 +89,13 @@ def print_headline(run: RunDirectory) -> None:
 
 
 _COLUMNS = {
-    "load_entropy": "load\nentropy", "max_violation": "max\nviolation",
-    "mean_entropy": "token\nentropy", "mutual_information": "mutual\ninformation", "domain_information": "domain\ninformation",
+    "load_entropy": "load\nentropy",
+    "max_violation": "max\nviolation",
+    "mean_entropy": "token\nentropy",
+    "mutual_information": "mutual\ninfo",
+    "domain_information": "domain\ninfo",
     "dead_experts": "dead\nexperts",
-}  # fmt: skip
+}
 
 
 def _layer_table(layers: list[dict[str, Any]]) -> Table:

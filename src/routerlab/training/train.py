@@ -13,10 +13,11 @@ from routerlab.analysis import trace
 from routerlab.objectives.routed import NonFiniteLossError, RoutedObjective
 from routerlab.reports.html import write_report
 from routerlab.training import assemble
+from routerlab.training.callbacks.checkpoint import KeepConfig
 from routerlab.training.callbacks.metrics import Metrics
 from routerlab.training.callbacks.reseed import Reseed
 from routerlab.training.callbacks.validation import MissedValidation
-from routerlab.training.checks import check_device, differences
+from routerlab.training.checks import check_trainer, differences
 from routerlab.training.config import ConfigError, compose
 from routerlab.training.environment import environment
 from routerlab.training.instantiate import build_all, partial
@@ -35,12 +36,12 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
     """
     assemble.quiet()
     run, cfg, overrides = _resumed(cfg, overrides) if cfg.resume else (None, cfg, overrides)
-    check_device(cfg)
+    check_trainer(cfg)
     torch.manual_seed(cfg.seed)  # initial weights
     data = assemble.build_data(cfg)
     objective = assemble.build_objective(cfg, data)
     assemble.check_batch(cfg, _world_size(cfg))
-    callbacks = build_all(cfg.callback)
+    callbacks = build_all(cfg.get("callback"))
     if run is None:
         run = _new_run(cfg, overrides)
     if is_main_process():
@@ -71,7 +72,8 @@ def _fit(
     loggers = [files, *_loggers(cfg, run)]
     if "checkpoint" in extra:
         extra["checkpoint"].dirpath = str(run.path / "checkpoints")  # type: ignore[attr-defined]
-    callbacks = [Reseed(cfg.seed), metrics, MissedValidation(files), *extra.values()]
+    first = [Reseed(cfg.seed), metrics, MissedValidation(files), KeepConfig(cfg)]
+    callbacks = [*first, *extra.values()]
     trainer = assemble.build_trainer(cfg, run.path, callbacks, loggers)
     start = _start(run, files)
     trainer.fit(objective, datamodule=data, ckpt_path=start, weights_only=True)
@@ -106,7 +108,7 @@ def _resumed(
     run = RunDirectory.existing(cfg.resume)
     words = [word for word in overrides if not word.startswith("resume=")]
     wanted = compose(*run.overrides, *words) if words else run.config
-    before: Any = OmegaConf.to_container(run.config, resolve=True)
+    before = _saved_config(run)
     after: Any = OmegaConf.to_container(wanted, resolve=True)
     if changed := differences(before, after):
         raise ConfigError(
@@ -115,6 +117,14 @@ def _resumed(
         )
     wanted.resume = None
     return run, wanted, [*run.overrides, *words]
+
+
+def _saved_config(run: RunDirectory) -> Any:
+    """What the newest checkpoint was trained with; before there is one, what was asked for."""
+    path, _ = run.newest_checkpoint()
+    if path is None:
+        return OmegaConf.to_container(run.config, resolve=True)
+    return torch.load(path, weights_only=True, mmap=True, map_location="cpu")["config"]
 
 
 def _new_run(cfg: DictConfig, overrides: Sequence[str]) -> RunDirectory:
@@ -132,7 +142,7 @@ def _loggers(cfg: DictConfig, run: RunDirectory) -> list[Any]:
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     router = cfg.router["_target_"].rsplit(".", 1)[-1]
     shared = {"directory": run.path, "config": settings, "job_type": router, "tags": run.overrides}
-    return [partial(node)(**shared) for node in (cfg.logger or {}).values()]
+    return [partial(node)(**shared) for node in (cfg.get("logger") or {}).values()]
 
 
 def _world_size(cfg: DictConfig) -> int:

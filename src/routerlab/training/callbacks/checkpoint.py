@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
 
 
 class Checkpoint(ModelCheckpoint):
@@ -36,6 +37,19 @@ class Checkpoint(ModelCheckpoint):
         """Saves the last step, if it was not saved on its own account."""
         if self._last_global_step_saved != trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class KeepConfig(pl.Callback):
+    """Puts the resolved config into every checkpoint, as plain containers."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.config = OmegaConf.to_container(cfg, resolve=True)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds the config under ``config``."""
+        checkpoint["config"] = self.config
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -56,7 +56,10 @@ class Metrics(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs a validation."""
         assert isinstance(pl_module, RoutedObjective)
-        self._log(trainer, *pl_module.validation_result)
+        scalars, distributions = pl_module.validation_result
+        files = [logger for logger in trainer.loggers if isinstance(logger, MetricsFiles)]
+        if not any(f.has(trainer.global_step, "val/loss") for f in files):  # else: of a restart
+            self._log(trainer, scalars, distributions)
 
     def _log(self, trainer: pl.Trainer, scalars: dict[str, float], distributions: dict) -> None:
         for logger in trainer.loggers:

@@ -20,7 +20,9 @@ class MissedValidation(pl.Callback):
         if not step or not isinstance(every, int) or step % every or self._is_there(trainer, step):
             return
         trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.run()
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        loop.restarting = False  # from its first batch
+        loop.run()
         trainer.training = True
 
     def _is_there(self, trainer: pl.Trainer, step: int) -> bool:

@@ -1,0 +1,150 @@
+"""How a step is cut changes neither loss, gradient nor diagnostics (D13, D33, D35, card item 14).
+
+The same 8 ragged sequences as 1, 2, 4 and 8 micro-batches, with and without recomputation, and on
+two processes. Unequal numbers of valid tokens in the pieces tell a sum over the step from a mean
+of means.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from routerlab.core.protocols import AuxLoss
+from routerlab.diagnostics.collection import flatten
+from routerlab.losses.load_balancing import LoadBalancingLoss, Scope
+from routerlab.losses.router_z import RouterZLoss
+from routerlab.objectives.causal_lm import CausalLM
+from routerlab.objectives.step import all_reduce, rank, split_batch, world_size
+from tests.helpers.distributed import run_distributed
+from tests.helpers.models import objective, tiny_batch, tiny_decoder
+
+Result = dict[str, Any]  # terms, gradients, scalars, distributions
+
+
+def losses(scope: Scope) -> dict[str, AuxLoss]:
+    return {"balance": LoadBalancingLoss(0.5, scope), "router_z": RouterZLoss(0.1)}
+
+
+def take_step(
+    scope: Scope, micro_batches: int, recompute: bool = False, ragged: bool = True
+) -> Result:
+    """One step on this rank's share of the 8 sequences; gradients averaged as DDP does."""
+    model = objective(tiny_decoder(activation_checkpointing=recompute), losses(scope))
+    batch = {k: v.tensor_split(world_size())[rank()] for k, v in tiny_batch(8, ragged).items()}
+    parts = split_batch(batch, micro_batches)
+    contexts = [model.context(part, 0, i) for i, part in enumerate(parts)]
+    terms, sums = model.accumulate(parts, contexts, due=True)
+    gradients = {name: all_reduce(p.grad) / world_size() for name, p in model.named_parameters()}
+    scalars, distributions = flatten(sums.values(all_reduce), "router")
+    return {
+        "terms": terms,
+        "gradients": gradients,
+        "scalars": scalars,
+        "distributions": distributions,
+    }
+
+
+def same(got: Result, expected: Result) -> None:
+    for kind in ("terms", "scalars"):
+        assert got[kind] == pytest.approx(expected[kind], rel=1e-10, abs=1e-12)
+    for name, gradient in expected["gradients"].items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(
+            got["gradients"][name], gradient, rtol=1e-10, atol=1e-10 * scale, msg=name
+        )
+    assert list(got["distributions"]) == list(expected["distributions"])
+    for name, values in expected["distributions"].items():
+        torch.testing.assert_close(
+            torch.tensor(got["distributions"][name]), torch.tensor(values), msg=name
+        )
+
+
+def by_the_formula(scope: Scope) -> tuple[dict[str, float], Tensor]:
+    """The step's loss and the first gate's gradient, written down directly for the whole batch."""
+    decoder, batch = tiny_decoder(), tiny_batch(8)
+    model: CausalLM = objective(decoder, {})
+    context = model.context(batch, 0, 0)
+    out, valid = decoder(batch["input_ids"], context), batch["valid"]
+    log_probs = out.logits.log_softmax(-1).gather(-1, batch["labels"].clamp(min=0)[..., None])
+    terms = {"task": -log_probs[..., 0][valid].mean()}
+    balance, z_loss = [], []
+    for record in out.router_outputs.values():
+        probs = record.router_logits.softmax(-1)
+        chosen = torch.zeros_like(probs).scatter(1, probs.topk(2).indices, 1.0)
+        pieces = valid if scope == "sequence" else valid.view(1, -1)
+        values = []
+        for rows in pieces:
+            at = rows.nonzero()[:, 0] + len(values) * len(rows)
+            values.append(4 * (chosen[at].mean(0) / 2 * probs[at].mean(0)).sum())
+        balance.append(torch.stack(values).mean())
+        z_loss.append(record.router_logits.logsumexp(-1)[valid.flatten()].square().mean())
+    terms["loss/balance"] = torch.stack(balance).mean()
+    terms["loss/router_z"] = torch.stack(z_loss).mean()
+    terms["loss"] = terms["task"] + 0.5 * terms["loss/balance"] + 0.1 * terms["loss/router_z"]
+    terms["loss"].backward()
+    gradient = decoder.layers[0].moe.router.gate.weight.grad
+    return {name: value.item() for name, value in terms.items()}, gradient
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[Scope, Result]:
+    return {scope: take_step(scope, 1) for scope in ("global", "sequence")}
+
+
+@pytest.mark.parametrize("scope", ["global", "sequence"])
+def test_one_micro_batch_is_the_formula(whole: dict[Scope, Result], scope: Scope) -> None:
+    terms, gradient = by_the_formula(scope)
+    got = whole[scope]
+    # float32 holds the loads: their rounding, 1e-8, is the same however the step is cut
+    assert {name: got["terms"][name] for name in terms} == pytest.approx(terms, rel=1e-7)
+    name = "backbone.layers.0.moe.router.gate.weight"
+    torch.testing.assert_close(got["gradients"][name], gradient, rtol=1e-6, atol=1e-8)
+    for loss, weight in (("balance", 0.5), ("router_z", 0.1)):
+        value = got["terms"][f"loss/{loss}"]
+        assert got["terms"][f"loss/{loss}/weighted"] == pytest.approx(weight * value)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("micro_batches", [1, 2, 4, 8])
+@pytest.mark.parametrize("scope", ["global", "sequence"])
+def test_micro_batches(
+    whole: dict[Scope, Result], scope: Scope, micro_batches: int, recompute: bool
+) -> None:
+    same(take_step(scope, micro_batches, recompute), whole[scope])
+
+
+def test_unequal_micro_batches(whole: dict[Scope, Result]) -> None:
+    same(take_step("global", 3), whole["global"])  # 3, 3 and 2 sequences
+
+
+def test_without_padding() -> None:
+    same(take_step("global", 4, ragged=False), take_step("global", 1, ragged=False))
+
+
+def test_the_ladder_can_fail() -> None:
+    # the micro-batch scope depends on the cut by definition: the tests above would see it
+    one, four = (take_step("micro_batch", n)["terms"] for n in (1, 4))
+    assert one["task"] == pytest.approx(four["task"], rel=1e-10)
+    assert abs(one["loss/balance"] - four["loss/balance"]) > 1e-3
+
+
+def _on_each_rank() -> list[Result]:
+    results = []
+    for scope in ("global", "sequence"):
+        for micro_batches, recompute in ((1, False), (4, True)):
+            results.append(take_step(scope, micro_batches, recompute))
+    dist.barrier()
+    return results
+
+
+def test_two_processes(whole: dict[Scope, Result], tmp_path: Path) -> None:
+    first, second = run_distributed(_on_each_rank, world_size=2, tmp_path=tmp_path)
+    for index, (a, b) in enumerate(zip(first, second, strict=True)):
+        assert a["terms"] == b["terms"]
+        assert a["scalars"] == b["scalars"]
+        for result in (a, b):
+            same(result, whole["global" if index < 2 else "sequence"])

@@ -1,0 +1,48 @@
+"""The pieces of a step and its sums."""
+
+import pytest
+import torch
+
+from routerlab.core.routing import RoutingContext
+from routerlab.objectives.step import split_batch, step_totals, sum_counts, world_size
+from tests.helpers.models import tiny_batch
+from tests.helpers.records import ex_a
+
+
+@pytest.mark.parametrize(("micro_batches", "sizes"), [(1, [8]), (3, [3, 3, 2]), (8, [1] * 8)])
+def test_split_batch(micro_batches: int, sizes: list[int]) -> None:
+    batch = tiny_batch(8)
+    parts = split_batch(batch, micro_batches)
+    assert [len(part["input_ids"]) for part in parts] == sizes
+    for key, value in batch.items():
+        assert torch.equal(torch.cat([part[key] for part in parts]), value)
+
+
+def test_too_many_micro_batches() -> None:
+    with pytest.raises(ValueError, match=r"micro_batches=9: must be at most the 8 sequences"):
+        split_batch(tiny_batch(8), 9)
+
+
+def test_step_totals_by_hand() -> None:
+    contexts = [
+        RoutingContext(2, 3, valid=torch.tensor([True, True, False, False, False, False])),
+        RoutingContext(2, 3),
+    ]
+    totals, targets = step_totals(contexts, torch.tensor(5))
+    # 2 + 6 tokens; 1 sequence with a token and one without, plus 2
+    assert (totals.num_tokens, totals.num_sequences, targets) == (8, 3, 5)
+
+
+def test_totals_are_divided_by_so_they_are_never_zero() -> None:
+    context = RoutingContext(1, 2, valid=torch.tensor([False, False]))
+    totals, targets = step_totals([context], torch.tensor(0))
+    assert (totals.num_tokens, totals.num_sequences, targets) == (1, 1, 1)
+
+
+def test_sum_counts() -> None:
+    counts = sum_counts([{"a": ex_a(), "b": ex_a()}, {"a": ex_a(), "b": ex_a()}])
+    assert {k: v.tolist() for k, v in counts.items()} == {"a": [6, 4, 4, 2], "b": [6, 4, 4, 2]}
+
+
+def test_one_process_by_default() -> None:
+    assert world_size() == 1

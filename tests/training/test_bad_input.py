@@ -1,0 +1,92 @@
+"""Wrong values: one clear message, before any training, and no run directory left behind."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from routerlab.cli.main import main
+
+CASES = {
+    "router.top_k=5": ["top_k=5", "from 1 to num_experts=4"],
+    "router.top_k=0": ["top_k=0", "from 1 to num_experts=4"],
+    "router.top_k=1": ["top_k=1", "normalize_weights", "no gradient"],
+    "router.capacity_factor=0.0": ["capacity_factor=0.0", "above 0"],
+    "router.capacity_factor=-1.5": ["capacity_factor=-1.5", "above 0"],
+    "router.score_fn=tanh": ["score_fn='tanh'", "'softmax' or 'sigmoid'"],
+    "router.jitter_eps=1.0": ["jitter_eps=1.0", "below 1"],
+    "backbone.num_heads=3": ["d_model=32", "multiple of num_heads=3"],
+    "backbone.num_kv_heads=3": ["num_kv_heads=3", "divide num_heads=2"],
+    "backbone.num_heads=32": ["even width"],
+    "backbone.d_ff=0": ["d_ff=0"],
+    "backbone.dispatch=fast": ["dispatch='fast'", "autograd"],
+    "backbone.max_positions=16": ["data.seq_len=32", "backbone.max_positions=16"],
+    "backbone.vocab_size=100": ["backbone.vocab_size=100", "256 symbols"],
+    "data.tokenizer=nowhere.json": ["nowhere.json"],
+    "data.domains={a: /nowhere/a.txt}": ["/nowhere/a.txt"],
+    "data.val_fraction=1.5": ["val_fraction", "1.5"],
+    "data.batch_size=0": ["batch_size", "0"],
+    "objective.micro_batches=9": ["objective.micro_batches=9", "at most the 8"],
+    "objective.micro_batches=0": ["micro_batches=0", "at least 1"],
+    "objective.gradient_clip_norm=-1.0": ["gradient_clip_norm=-1.0", "above 0"],
+    "loss.load_balancing.scope=batch": ["scope='batch'", "'global'"],
+    "callback.checkpoint.keep=1": ["keep=1", "at least 2"],
+    "optimizer.warmup_steps=-1": ["warmup_steps=-1"],
+    "trainer.accelerator=mps": ["trainer.accelerator=mps", "no Metal device"],
+    "trainer.max_steps=0": ["trainer.max_steps=0", "at least 1"],
+    "+trainer.accumulate_grad_batches=2": ["accumulate_grad_batches", "objective.micro_batches"],
+    "resume=/nowhere": ["/nowhere", "holds no run"],
+    "router.topk=1": ["router.topk", "router.top_k"],
+    "router=token_chioce": ["token_choice"],
+}
+
+
+@pytest.mark.parametrize("word", CASES)
+def test_a_wrong_value_is_refused_with_its_name_and_range(
+    word: str,
+    tiny_words: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [w for w in tiny_words(f"paths.output_dir={tmp_path / 'out'}") if _key(w) != _key(word)]
+    assert main(["train", *words, word]) == 2
+    message = capsys.readouterr().err
+    for part in CASES[word]:
+        assert part in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_file_is_refused(
+    tiny_words: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    words = [w for w in tiny_words() if not w.startswith("data.domains")]
+    domain = f"data.domains={{mine: {tmp_path / 'empty.txt'}}}"
+    assert main(["train", *words, domain]) == 2
+    message = capsys.readouterr().err
+    assert "empty.txt" in message
+    assert "mine" in message
+
+
+def test_a_directory_that_holds_a_run_is_refused(
+    finished_run: Path,
+    tiny_words: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = (finished_run / "config.yaml").read_bytes()
+    assert main(["train", *tiny_words(f"run_dir={finished_run}")]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (finished_run / "config.yaml").read_bytes() == before
+
+
+def test_a_directory_that_cannot_be_written_is_refused(
+    tiny_words: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["train", *tiny_words(f"run_dir={tmp_path / 'file' / 'run'}")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def _key(word: str) -> str:
+    return word.split("=")[0]
