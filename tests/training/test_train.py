@@ -167,7 +167,7 @@ def test_runs_are_compared(finished_run: Path, train: Callable[..., Path]) -> No
 
 
 def test_a_failing_step_is_kept_in_the_status(train: Callable[..., Path], tmp_path: Path) -> None:
-    from routerlab.objectives.routed import NonFiniteLossError
+    from routerlab.core.errors import NonFiniteLossError
 
     words = ["optimizer.optimizer.lr=1e30", "optimizer.warmup_steps=0"]
     words += ["callback.checkpoint.every_n_steps=1", f"run_dir={tmp_path / 'nan'}"]

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from routerlab.core.errors import NonFiniteLossError
 from routerlab.training.config import ConfigError, nearest, use_directory
 
 # word -> (module with main(argv) -> exit code, one line)
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except NonFiniteLossError as error:
+        print("\n  ".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

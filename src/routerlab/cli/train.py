@@ -1,6 +1,5 @@
 """``routerlab train``: hydra overrides in, a run directory out."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,17 +13,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(cfg: Any, overrides: list[str]) -> float | None:
-    from routerlab.objectives.routed import NonFiniteLossError
     from routerlab.training.run_directory import is_main_process
     from routerlab.training.summary import print_headline
     from routerlab.training.train import train
 
-    try:
-        finished = train(cfg, overrides)
-    except NonFiniteLossError as error:
-        notes = "\n  ".join(getattr(error, "__notes__", []))
-        print(f"error: {error}\n  {notes}", file=sys.stderr)
-        raise SystemExit(1) from error
+    finished = train(cfg, overrides)
     if not is_main_process():
         return None
     print_headline(finished)

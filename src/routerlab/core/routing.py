@@ -73,7 +73,7 @@ class RouterOutput:
         num_tokens, top_k = expert_indices.shape
         tokens = torch.arange(num_tokens, device=expert_indices.device)
         tokens = tokens[:, None].expand(num_tokens, top_k)
-        dropped = torch.zeros_like(router_logits[0], dtype=torch.long)
+        dropped = router_logits.new_zeros(router_logits.shape[1], dtype=torch.long)
         asked = None if valid is None else valid[:, None].expand_as(expert_indices)
         if kept is not None:
             lost = ~kept if asked is None else ~kept & asked
@@ -107,7 +107,7 @@ class RouterOutput:
         picks = (token_indices, experts[:, None].expand_as(token_indices), combine_weights)
         kept = None if valid is None else valid[token_indices]
         flat = [p.reshape(-1) if kept is None else p[kept] for p in picks]
-        dropped = torch.zeros_like(router_logits[0], dtype=torch.long)
+        dropped = router_logits.new_zeros(router_logits.shape[1], dtype=torch.long)
         return cls(router_logits, router_probs, *flat, dropped_per_expert=dropped, valid=valid)
 
     @classmethod
@@ -125,7 +125,7 @@ class RouterOutput:
         mask = dispatch_mask if valid is None else dispatch_mask & valid[:, None]
         tokens, experts = mask.nonzero(as_tuple=True)
         if dropped_per_expert is None:
-            dropped_per_expert = torch.zeros_like(router_logits[0], dtype=torch.long)
+            dropped_per_expert = router_logits.new_zeros(router_logits.shape[1], dtype=torch.long)
         return cls(
             router_logits=router_logits,
             router_probs=router_probs,

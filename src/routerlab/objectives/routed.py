@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from routerlab.core.errors import NonFiniteLossError
 from routerlab.core.protocols import AuxLoss, Diagnostic
 from routerlab.core.routing import RoutingContext, StepTotals
 from routerlab.core.seeding import stable_seed
@@ -26,10 +27,6 @@ from routerlab.objectives.step import (
     sum_counts,
     world_size,
 )
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or its gradient is NaN or infinite; the optimizer step was not taken."""
 
 
 class RoutedObjective(pl.LightningModule):
@@ -240,13 +237,9 @@ class RoutedObjective(pl.LightningModule):
 
     def _sync(self, last: bool) -> Any:
         """Ranks exchange gradients once a step, with the last micro-batch."""
-        if (
-            last
-            or self._trainer is None
-            or not hasattr(self.trainer.strategy, "block_backward_sync")
-        ):
-            return nullcontext()
-        return self.trainer.strategy.block_backward_sync()
+        strategy = None if self._trainer is None else self.trainer.strategy
+        block = getattr(strategy, "block_backward_sync", None)
+        return nullcontext() if last or block is None else block()
 
     def _backward(self, loss: Tensor) -> None:
         if self._trainer is None:
@@ -266,7 +259,8 @@ class RoutedObjective(pl.LightningModule):
         peaks: dict[str, float] = {}
         for part, context in zip(parts, contexts, strict=True):
             for layer, out in self.backbone(part["input_ids"], context).router_outputs.items():
-                peak = out.without_padding(out.router_logits).abs().amax().item()
+                logits = out.without_padding(out.router_logits)
+                peak = logits.abs().amax().item() if len(logits) else 0.0
                 peaks[layer] = peak if math.isnan(peak) else max(peaks.get(layer, 0.0), peak)
         bad = [layer for layer, peak in peaks.items() if not math.isfinite(peak)]
         largest = max(peaks, key=lambda layer: peaks[layer])

@@ -10,7 +10,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from routerlab.analysis import trace
-from routerlab.objectives.routed import NonFiniteLossError, RoutedObjective
+from routerlab.core.errors import NonFiniteLossError
+from routerlab.objectives.routed import RoutedObjective
 from routerlab.reports.html import write_report
 from routerlab.training import assemble
 from routerlab.training.callbacks.checkpoint import KeepConfig
