@@ -28,9 +28,7 @@ def test_three_constructors_agree() -> None:
     by_expert = torch.tensor([[0, 2], [0, 3], [1, 2], [1, 3]])
     probs = torch.rand(4, 4, dtype=torch.float64).softmax(-1)
     a = record(probs, picks)
-    b = RouterOutput.from_expert_choice(
-        probs.log(), probs, by_expert, probs.T.gather(1, by_expert)
-    )
+    b = RouterOutput.from_expert_choice(probs.log(), probs, by_expert, probs.T.gather(1, by_expert))
     mask = torch.zeros(4, 4, dtype=torch.bool).scatter_(1, picks, True)
     c = RouterOutput.from_dispatch_mask(probs.log(), probs, mask, probs)
     for other in (b, c):

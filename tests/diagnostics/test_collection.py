@@ -56,7 +56,9 @@ def test_parts_equal_the_whole_for_every_diagnostic() -> None:
     )
     domain_ids = torch.tensor([0, 1])
     got = collect(parts, RoutingContext(2, 3, domain_ids=domain_ids, num_domains=2))
-    expected = collect([whole], RoutingContext(6, 3, domain_ids=domain_ids.repeat(3), num_domains=2))
+    expected = collect(
+        [whole], RoutingContext(6, 3, domain_ids=domain_ids.repeat(3), num_domains=2)
+    )
     assert len(expected["layers.00.moe"]) == 16  # 8 + 3 + 2 + 1 + 2
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 

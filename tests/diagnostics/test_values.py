@@ -261,7 +261,9 @@ def test_padding_changes_nothing(diagnostic: Diagnostic, padding: float) -> None
     picks[valid] = real.expert_indices.view(5, 2)
     padded = record(probs, picks, valid=valid)
     ids = torch.tensor([0, 1])
-    got = measure(diagnostic, padded, RoutingContext(2, 4, valid=valid, domain_ids=ids, num_domains=2))
+    got = measure(
+        diagnostic, padded, RoutingContext(2, 4, valid=valid, domain_ids=ids, num_domains=2)
+    )
     each = torch.tensor([0, 0, 1, 1, 1])  # five sequences of one token
     expected = measure(diagnostic, real, RoutingContext(5, 1, domain_ids=each, num_domains=2))
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)

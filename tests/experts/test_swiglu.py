@@ -7,6 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from routerlab.core.protocols import Experts
+from routerlab.experts import swiglu
 from routerlab.experts.swiglu import SwiGLU
 
 COUNTS = torch.tensor([3, 0, 2])
@@ -18,6 +19,14 @@ def formula(experts: SwiGLU, index: int, x: Tensor) -> Tensor:
     return (F.silu(x @ gate.T) * (x @ up.T)) @ experts.down_proj[index].T
 
 
+@pytest.fixture(params=[None, 8], ids=["in one piece", "in blocks"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one or two rows, the last one shorter, where they would be of thousands."""
+    if request.param is not None:
+        monkeypatch.setattr(swiglu, "_BLOCK_SIZE", request.param)
+
+
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_grouped_equals_readable_equals_formula(dtype: torch.dtype) -> None:
     experts = SwiGLU(8, 12, 3).to(dtype)
@@ -32,6 +41,7 @@ def test_grouped_equals_readable_equals_formula(dtype: torch.dtype) -> None:
         torch.testing.assert_close(one, formula(experts, index, x[rows]) * weights[rows, None])
 
 
+@pytest.mark.usefixtures("pieces")
 def test_gradient_of_the_combine_weights_is_output_dot_gradient() -> None:
     # weighting the hidden row must give the same d/dw as weighting the output row
     experts = SwiGLU(4, 6, 3).double()
@@ -43,6 +53,7 @@ def test_gradient_of_the_combine_weights_is_output_dot_gradient() -> None:
     torch.testing.assert_close(weights.grad, (outputs * seed).sum(-1))
 
 
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("with_weights", [False, True])
 def test_first_and_second_gradients(with_weights: bool) -> None:
     experts = SwiGLU(3, 2, 3).double()

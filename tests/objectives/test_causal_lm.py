@@ -16,7 +16,10 @@ def test_task_loss_by_hand() -> None:
     labels = torch.tensor([[4, -100, 0], [1, 2, -100]])
     losses = model.task_loss(logits, {"labels": labels})
     p = logits.softmax(-1)
-    expected = [[-p[0, 0, 4].log(), 0, -p[0, 2, 0].log()], [-p[1, 0, 1].log(), -p[1, 1, 2].log(), 0]]
+    expected = [
+        [-p[0, 0, 4].log(), 0, -p[0, 2, 0].log()],
+        [-p[1, 0, 1].log(), -p[1, 1, 2].log(), 0],
+    ]
     torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64))
     assert model.num_targets({"labels": labels}).tolist() == [2, 2]
 

@@ -1,6 +1,7 @@
 """One optimizer step: what it costs, what it refuses and what it reports."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +11,34 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from routerlab.core.errors import NonFiniteLossError
 from routerlab.core.protocols import AuxLoss
 from routerlab.core.routing import RoutingContext, StepTotals
 from routerlab.losses.load_balancing import LoadBalancingLoss
 from routerlab.losses.router_z import RouterZLoss
 from routerlab.objectives.causal_lm import CausalLM
-from routerlab.objectives.routed import NonFiniteLossError, RoutedObjective
+from routerlab.objectives.routed import RoutedObjective
 from routerlab.objectives.step import split_batch
+from routerlab.routers.token_choice import TokenChoice
 from tests.helpers.models import objective, tiny_batch, tiny_decoder
 from tests.helpers.records import record
 
 
-def fit(model: pl.LightningModule, batches: list[Any], path: Path, **changes: Any) -> None:
-    loader = DataLoader(batches, batch_size=None)
-    arguments: dict[str, Any] = {"max_steps": len(batches), "num_sanity_val_steps": 0} | changes
+def fit(
+    model: pl.LightningModule,
+    batches: list[Any],
+    path: Path,
+    validation: list[Any] | None = None,
+    callbacks: list[pl.Callback] | None = None,
+) -> None:
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=path, **arguments,
+        accelerator="cpu", devices=1, max_steps=len(batches), num_sanity_val_steps=0,
+        val_check_interval=len(batches) if validation else None, callbacks=callbacks, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=path,
     )  # fmt: skip
-    trainer.fit(model, loader, tiny_loader() if changes else None)
-
-
-def tiny_loader() -> DataLoader:
-    return DataLoader([tiny_batch(3, seed=5), tiny_batch(1, seed=6)], batch_size=None)
+    loaders = [b and DataLoader(b, batch_size=None) for b in (batches, validation)]
+    trainer.fit(model, *loaders)
 
 
 def accumulate(model: RoutedObjective, micro_batches: int) -> dict[str, float]:
@@ -64,6 +70,17 @@ def test_counting_pass_only_where_a_loss_asks(
     assert len(seen) == calls
     assert seen[-micro_batches:] == [True] * micro_batches
     assert not any(seen[:-micro_batches])  # counting builds no graph
+
+
+def test_counting_pass_draws_what_the_step_draws() -> None:
+    router = partial(TokenChoice, top_k=2, init_std=1.0, jitter_eps=0.5)
+    model, picks = objective(tiny_decoder(router=router), {"a": LoadBalancingLoss()}), []
+    model.backbone.register_forward_hook(
+        lambda _, args, out: picks.append(out.router_outputs["layers.01.moe"].expert_indices)
+    )
+    accumulate(model, 4)
+    for counted, taken in zip(picks[:4], picks[4:], strict=True):
+        assert torch.equal(counted, taken)
 
 
 # -- auxiliary losses -----------------------------------------------------------------------------
@@ -211,13 +228,15 @@ def test_context() -> None:
 def test_validation_weighs_by_tokens_and_knows_the_progress(tmp_path: Path) -> None:
     model = objective(tiny_decoder(), {}, bytes_per_token=[2.0, 4.0])
     seen: list[RoutingContext] = []
-    model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
-    fit(model, [tiny_batch(8)] * 2, tmp_path, val_check_interval=2)
+    hook = model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    batches = [tiny_batch(3, seed=5), tiny_batch(2, seed=6)]
+    fit(model, [tiny_batch(8)] * 2, tmp_path, validation=batches)
+    hook.remove()
     scalars, distributions = model.validation_result
     assert [context.progress for context in seen] == [0, 0.5, 1, 1]  # two steps, two val batches
 
     nats, tokens = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    for batch in tiny_loader():
+    for batch in batches:
         with torch.no_grad():
             log_probs = model.backbone(batch["input_ids"]).logits.log_softmax(-1)
         for row, domain in enumerate(batch["domain"].tolist()):

@@ -5,17 +5,20 @@ two processes. Unequal numbers of valid tokens in the pieces tell a sum over the
 of means.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from routerlab.core.protocols import AuxLoss
 from routerlab.diagnostics.collection import flatten
-from routerlab.losses.load_balancing import LoadBalancingLoss, Scope
+from routerlab.losses.load_balancing import LoadBalancingLoss
 from routerlab.losses.router_z import RouterZLoss
 from routerlab.objectives.causal_lm import CausalLM
 from routerlab.objectives.step import all_reduce, rank, split_batch, world_size
@@ -25,12 +28,12 @@ from tests.helpers.models import objective, tiny_batch, tiny_decoder
 Result = dict[str, Any]  # terms, gradients, scalars, distributions
 
 
-def losses(scope: Scope) -> dict[str, AuxLoss]:
+def losses(scope: str) -> dict[str, AuxLoss]:
     return {"balance": LoadBalancingLoss(0.5, scope), "router_z": RouterZLoss(0.1)}
 
 
 def take_step(
-    scope: Scope, micro_batches: int, recompute: bool = False, ragged: bool = True
+    scope: str, micro_batches: int, recompute: bool = False, ragged: bool = True
 ) -> Result:
     """One step on this rank's share of the 8 sequences; gradients averaged as DDP does."""
     model = objective(tiny_decoder(activation_checkpointing=recompute), losses(scope))
@@ -63,7 +66,7 @@ def same(got: Result, expected: Result) -> None:
         )
 
 
-def by_the_formula(scope: Scope) -> tuple[dict[str, float], Tensor]:
+def by_the_formula(scope: str) -> tuple[dict[str, float], Tensor]:
     """The step's loss and the first gate's gradient, written down directly for the whole batch."""
     decoder, batch = tiny_decoder(), tiny_batch(8)
     model: CausalLM = objective(decoder, {})
@@ -91,12 +94,12 @@ def by_the_formula(scope: Scope) -> tuple[dict[str, float], Tensor]:
 
 
 @pytest.fixture(scope="module")
-def whole() -> dict[Scope, Result]:
+def whole() -> dict[str, Result]:
     return {scope: take_step(scope, 1) for scope in ("global", "sequence")}
 
 
 @pytest.mark.parametrize("scope", ["global", "sequence"])
-def test_one_micro_batch_is_the_formula(whole: dict[Scope, Result], scope: Scope) -> None:
+def test_one_micro_batch_is_the_formula(whole: dict[str, Result], scope: str) -> None:
     terms, gradient = by_the_formula(scope)
     got = whole[scope]
     # float32 holds the loads: their rounding, 1e-8, is the same however the step is cut
@@ -112,12 +115,12 @@ def test_one_micro_batch_is_the_formula(whole: dict[Scope, Result], scope: Scope
 @pytest.mark.parametrize("micro_batches", [1, 2, 4, 8])
 @pytest.mark.parametrize("scope", ["global", "sequence"])
 def test_micro_batches(
-    whole: dict[Scope, Result], scope: Scope, micro_batches: int, recompute: bool
+    whole: dict[str, Result], scope: str, micro_batches: int, recompute: bool
 ) -> None:
     same(take_step(scope, micro_batches, recompute), whole[scope])
 
 
-def test_unequal_micro_batches(whole: dict[Scope, Result]) -> None:
+def test_unequal_micro_batches(whole: dict[str, Result]) -> None:
     same(take_step("global", 3), whole["global"])  # 3, 3 and 2 sequences
 
 
@@ -132,6 +135,39 @@ def test_the_ladder_can_fail() -> None:
     assert abs(one["loss/balance"] - four["loss/balance"]) > 1e-3
 
 
+def train(micro_batches: int, path: Path) -> dict[str, Tensor]:
+    """Two steps by a Trainer; the weights afterwards."""
+    model = objective(tiny_decoder(), losses("global"), micro_batches=micro_batches)
+    batches = [
+        {k: v.tensor_split(world_size())[rank()] for k, v in tiny_batch(8, seed=seed).items()}
+        for seed in (1, 2)
+    ]
+    trainer = pl.Trainer(
+        accelerator="cpu", strategy="ddp" if world_size() > 1 else "auto", devices=world_size(),
+        max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, default_root_dir=path,
+    )  # fmt: skip
+    trainer.fit(model, DataLoader(batches, batch_size=None))
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def _train_on_each_rank(path: Path) -> list[dict[str, Tensor]]:
+    # as torchrun would say it, so that Lightning starts no processes of its own
+    place = {"RANK": rank(), "LOCAL_RANK": rank(), "GROUP_RANK": 0, "WORLD_SIZE": world_size()}
+    place |= {"LOCAL_WORLD_SIZE": world_size(), "TORCHELASTIC_RUN_ID": "test"}
+    place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 0}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    return [train(micro_batches, path) for micro_batches in (1, 4)]
+
+
+def test_two_processes_of_lightning(tmp_path: Path) -> None:
+    # real DDP: gradients are averaged by the wrapper, once a step
+    expected = train(1, tmp_path)
+    answers = run_distributed(_train_on_each_rank, tmp_path, world_size=2, tmp_path=tmp_path)
+    for weights in [each for answer in answers for each in answer]:
+        torch.testing.assert_close(weights, expected, rtol=1e-9, atol=1e-11)
+
+
 def _on_each_rank() -> list[Result]:
     results = []
     for scope in ("global", "sequence"):
@@ -141,7 +177,7 @@ def _on_each_rank() -> list[Result]:
     return results
 
 
-def test_two_processes(whole: dict[Scope, Result], tmp_path: Path) -> None:
+def test_two_processes(whole: dict[str, Result], tmp_path: Path) -> None:
     first, second = run_distributed(_on_each_rank, world_size=2, tmp_path=tmp_path)
     for index, (a, b) in enumerate(zip(first, second, strict=True)):
         assert a["terms"] == b["terms"]

@@ -28,7 +28,8 @@ class BackboneOutput:
 class Decoder(nn.Module):
     """Pre-norm decoder: RMSNorm, rotary positions (half-split), grouped-query attention and one
     MoE a layer. Module names and weight layouts are those of transformers' MoE classes (``mlp`` is
-    called ``moe``), so that import and export are renaming.
+    called ``moe``), so that import and export are renaming. Attention is causal and knows of no
+    padding: where there is any (``context.valid``), it must be on the right.
 
     Args:
         router: a callable ``(d_model=, num_experts=) -> Router``, called once a layer.

@@ -25,7 +25,7 @@ class DiagnosticSums:
         router_outputs: Mapping[str, RouterOutput],
         context: RoutingContext | None = None,
     ) -> None:
-        """Add the records of one micro-batch. Nothing is copied to the host here."""
+        """Add the records of one micro-batch. Without padding nothing waits for the device."""
         for layer, output in router_outputs.items():
             for name, diagnostic in self.diagnostics.items():
                 for key, value in diagnostic.sums(output, context).items():

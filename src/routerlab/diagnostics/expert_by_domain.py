@@ -24,6 +24,8 @@ class ExpertByDomain:
         if context is None or context.domain_ids is None:
             return {}
         num_domains = context.num_domains
+        if num_domains < 1:
+            raise ValueError("context.num_domains must be set where context.domain_ids is")
         domains = context.domain_ids.repeat_interleave(context.sequence_length)
         cell = domains[output.token_indices] * output.num_experts + output.expert_indices
         counts = count_experts(cell, num_domains * output.num_experts)

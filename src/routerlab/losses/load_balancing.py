@@ -1,14 +1,10 @@
 """The load-balancing loss: 1 when experts share the work, E/K when K of them do it all."""
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from routerlab.core.routing import RouterOutput, RoutingContext, StepTotals, count_experts
-
-Scope = Literal["micro_batch", "sequence", "global"]
 
 
 class LoadBalancingLoss(nn.Module):
@@ -24,12 +20,13 @@ class LoadBalancingLoss(nn.Module):
     - ``global``: the whole optimizer step, all micro-batches and ranks (Qiu et al., arXiv
       2501.11873). Value and gradient do not depend on how the step is cut.
     - ``sequence``: each sequence, then the mean over sequences (DeepSeek-V3, arXiv 2412.19437);
-      likewise independent of the cut.
+      likewise independent of the cut. With a capacity it counts kept picks only: a record does not
+      know whose picks were dropped.
     - ``micro_batch``: the micro-batch of one rank, then the token-weighted mean. The strictest, and
       by its nature dependent on the cut.
     """
 
-    def __init__(self, weight: float = 0.01, scope: Scope = "global") -> None:
+    def __init__(self, weight: float = 0.01, scope: str = "global") -> None:
         super().__init__()
         if scope not in ("micro_batch", "sequence", "global"):
             raise ValueError(f"scope={scope!r}: must be 'micro_batch', 'sequence' or 'global'")

@@ -15,7 +15,7 @@ class OptimizerRecipe:
     Args:
         optimizer: a callable ``(parameter groups) -> Optimizer``.
         warmup_steps: optimizer steps until the full learning rate.
-        final_lr_ratio: learning rate of the last step over the peak.
+        final_lr_ratio: learning rate at which the schedule ends, over the peak.
 
     Weight decay applies to matrices, not to vectors (norms, biases).
     """

@@ -35,9 +35,11 @@ class RoutedObjective(pl.LightningModule):
     .. math:: \frac{\sum_n \ell_n}{\#n} + \sum_{loss} w_{loss} \frac{1}{L} \sum_l loss(layer\ l)
 
     All sums run over the whole step, whatever ``micro_batches`` and the number of ranks: those are
-    knobs for memory and speed, not for results. Where a loss needs the step's expert counts before
-    the first backward pass (``needs_step_counts``), more than one micro-batch costs a forward pass
-    without gradients to count them; that is the price of exactness.
+    knobs for memory and speed, not for results. The exceptions say so themselves: a capacity
+    (its queue is the micro-batch's), noise (drawn for each micro-batch) and losses of scope
+    ``micro_batch``. Where a loss needs the step's expert counts before the first backward pass
+    (``needs_step_counts``), more than one micro-batch costs a forward pass without gradients to
+    count them; that is the price of exactness.
 
     A subclass says what the task is: `task_loss`.
 
@@ -50,7 +52,7 @@ class RoutedObjective(pl.LightningModule):
         gradient_clip_norm: largest norm of the gradient; null does not clip.
         log_every: diagnostics are computed on every n-th step.
         domains: names of the labels in ``batch["domain"]``.
-        bytes_per_token: of each domain, to report bits per byte.
+        bytes_per_token: of each domain, to report bits per byte (in training: of their mean).
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class RoutedObjective(pl.LightningModule):
                 raise ValueError(f"{name}={value}: must be at least 1")
         if gradient_clip_norm is not None and gradient_clip_norm <= 0:
             raise ValueError(f"gradient_clip_norm={gradient_clip_norm}: must be above 0, or null")
+        if bytes_per_token and len(bytes_per_token) != len(domains or ["all"]):
+            raise ValueError(f"bytes_per_token={bytes_per_token}: one for each of {domains}")
         self.backbone, self.recipe = backbone, optimizer
         self.losses, self.diagnostics = dict(losses), dict(diagnostics)
         self.seed, self.micro_batches, self.log_every = seed, micro_batches, log_every

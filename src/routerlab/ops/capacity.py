@@ -12,7 +12,8 @@ def expert_capacity(capacity_factor: float, num_tokens: int, top_k: int, num_exp
 
     Switch and flaxformer leave K out; their factor is K times ours.
     """
-    return math.ceil(capacity_factor * num_tokens * top_k / num_experts)
+    exact = capacity_factor * num_tokens * top_k / num_experts
+    return math.ceil(exact - 1e-9)  # 1.1 * 50 * 2 / 10 is 11, not the 12 of its rounding error
 
 
 def within_capacity(
@@ -30,4 +31,5 @@ def within_capacity(
     first = torch.searchsorted(experts, experts)  # where each expert's queue begins
     place = torch.arange(len(queue), device=queue.device) - first
     kept = torch.empty_like(queue, dtype=torch.bool).scatter_(0, order, place < capacity)
-    return kept.view(top_k, num_tokens).T
+    kept = kept.view(top_k, num_tokens).T
+    return kept if valid is None else kept & valid[:, None]

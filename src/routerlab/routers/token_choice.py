@@ -1,16 +1,12 @@
 """Token choice: every token picks its K best experts."""
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from routerlab.core.routing import RouterOutput, RoutingContext
 from routerlab.ops.capacity import expert_capacity, within_capacity
-
-ScoreFn = Literal["softmax", "sigmoid"]
-Order = Literal["score_first", "top_k_first"]
 
 
 class TokenChoice(nn.Module):
@@ -39,19 +35,20 @@ class TokenChoice(nn.Module):
         route_scale: constant factor on the weights (2.5 in DeepSeek-V3).
         jitter_eps: in training, the router (and only the router) sees ``x * U(1-eps, 1+eps)``.
         capacity_factor: ``None`` is dropless; else an expert takes ``ceil(factor*T*K/E)`` picks,
-            all first choices before any second, and the rest contribute nothing.
+            all first choices before any second, and the rest contribute nothing. With K > 1 a
+            token's second choice then depends on later tokens, so the router is not ``causal``.
         init_std: standard deviation of the gate's initial weights.
     """
 
-    causal = True
+    causal: bool
 
     def __init__(
         self,
         d_model: int,
         num_experts: int,
         top_k: int = 2,
-        score_fn: ScoreFn = "softmax",
-        order: Order = "score_first",
+        score_fn: str = "softmax",
+        order: str = "score_first",
         normalize_weights: bool = True,
         route_scale: float = 1.0,
         jitter_eps: float = 0.0,
@@ -88,6 +85,7 @@ class TokenChoice(nn.Module):
         self.score_fn, self.order, self.normalize_weights = score_fn, order, normalize_weights
         self.route_scale, self.jitter_eps = route_scale, jitter_eps
         self.capacity_factor = capacity_factor
+        self.causal = capacity_factor is None or top_k == 1
         self.gate = nn.Linear(d_model, num_experts, bias=False)
         nn.init.normal_(self.gate.weight, std=init_std)
 
@@ -96,12 +94,13 @@ class TokenChoice(nn.Module):
     ) -> RouterOutput:
         """The record of K picks a token; the padding of ``context.valid`` picks nothing."""
         valid = None if context is None else context.valid
-        with torch.autocast(x.device.type, enabled=False):  # .float() alone would not help
-            logits = self._jitter(x.float(), context) @ self.gate.weight.float().T
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):  # the cast alone would not help
+            logits = self._jitter(x.to(dtype), context) @ self.gate.weight.to(dtype).T
             scores = logits.softmax(-1) if self.score_fn == "softmax" else logits.sigmoid()
             probs = scores
-            if self.score_fn == "sigmoid":
-                probs = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+            if self.score_fn == "sigmoid":  # scores over their sum, also where all scores underflow
+                probs = F.logsigmoid(logits).softmax(-1)
             experts, weights = self._pick(logits, scores)
         kept = None
         if self.capacity_factor is not None:
@@ -111,7 +110,7 @@ class TokenChoice(nn.Module):
         return RouterOutput.from_top_k(logits, probs, experts, weights, kept=kept, valid=valid)
 
     def _pick(self, logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        experts = scores.topk(self.top_k, dim=-1).indices
+        experts = logits.topk(self.top_k, dim=-1).indices  # scores saturate, and tie where they do
         if self.order == "top_k_first":
             weights = logits.gather(-1, experts).softmax(-1)
         else:
