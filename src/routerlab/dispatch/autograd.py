@@ -1,5 +1,6 @@
 """The fast path that autograd can still see through."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,7 +18,15 @@ def autograd(
     copy back are each other's gradient (`routerlab.ops.permute`), which is where the time of a
     naive version goes.
     """
-    by = sort_by_expert(output)
-    weights = output.combine_weights.index_select(0, by.order)
-    y = experts(gather(x, by), output.tokens_per_expert, weights)
+    by = sort_by_expert(output, fill=_slow_to_meet_new_sizes(x))
+    y = experts(gather(x, by), by.tokens_per_expert, by.sort(output.combine_weights))
     return combine(y, by).to(x.dtype)
+
+
+def _slow_to_meet_new_sizes(x: Tensor) -> bool:
+    """True where oneDNN does the products: it builds a kernel for every new size, 1-2 ms each."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    return dtype in (torch.bfloat16, torch.float16)

@@ -18,37 +18,64 @@ class Permutation:
     Row ``r`` of the sorted rows is assignment ``order[r]``, of token ``tokens[r]``. ``rows[t]`` are
     the K rows of token ``t``: known when the record has ``top_k``, and then going back is one
     bag sum instead of a scatter.
+
+    R is N, or more with filler rows: ``order`` is N there, the token 0 and the combine weight 0, so
+    that experts add nothing for them to any output or gradient.
     """
 
-    order: Int[Tensor, "N"]
-    tokens: Int[Tensor, "N"]
+    order: Int[Tensor, "R"]
+    tokens: Int[Tensor, "R"]
     rows: Int[Tensor, "T K"] | None
     num_tokens: int
+    tokens_per_expert: Int[Tensor, "E"]  # filler rows included
+    filled: bool
+
+    def sort(self, per_assignment: Float[Tensor, "N"]) -> Float[Tensor, "R"]:
+        """The values of assignments in the order of the rows, 0 for filler rows."""
+        if self.filled:
+            per_assignment = torch.cat([per_assignment, per_assignment.new_zeros(1)])
+        return per_assignment.index_select(0, self.order)
 
 
-def sort_by_expert(output: RouterOutput) -> Permutation:
+def sort_by_expert(output: RouterOutput, fill: bool = False) -> Permutation:
     """The stable permutation that groups assignments by expert.
 
-    Small integers sort four times faster on CPU than int64, hence the cast.
+    ``fill`` adds filler rows so that experts get one of few numbers of rows. Small integers sort
+    four times faster on CPU than int64, hence the cast.
     """
     small = torch.uint8 if output.num_experts <= 256 else torch.int16
     if output.num_experts > torch.iinfo(torch.int16).max:
         small = torch.int64
     order = torch.sort(output.expert_indices.to(small), stable=True).indices
+    counts, tokens = output.tokens_per_expert, output.token_indices
+    places = torch.arange(len(order), device=order.device)
+    all_rows = order
+    if fill:
+        filled = _few_sizes(counts)
+        before = (filled - counts).cumsum(0) - (filled - counts)  # filler rows of earlier experts
+        places = places + before.repeat_interleave(counts)
+        nothing = order.new_full((int(filled.sum()),), len(order))
+        all_rows, counts = nothing.index_copy(0, places, order), filled
+        tokens = torch.cat([tokens, tokens.new_zeros(1)])
     rows = None
     if output.top_k is not None:
-        places = torch.arange(len(order), device=order.device)
         rows = torch.empty_like(order).scatter_(0, order, places).view(-1, output.top_k)
-    tokens = output.token_indices.index_select(0, order)
-    return Permutation(order, tokens, rows, len(output.router_logits))
+    tokens = tokens.index_select(0, all_rows)
+    return Permutation(all_rows, tokens, rows, len(output.router_logits), counts, fill)
 
 
-def gather(x: Float[Tensor, "T D"], by: Permutation) -> Float[Tensor, "N D"]:
+def _few_sizes(counts: Int[Tensor, "E"]) -> Int[Tensor, "E"]:
+    """``counts`` rounded up: to multiples of 16 until 512, then to 16 sizes an octave."""
+    step = (counts.clamp(min=256).double().log2().floor() - 4).exp2().long()
+    return (counts + step - 1) // step * step
+
+
+def gather(x: Float[Tensor, "T D"], by: Permutation) -> Float[Tensor, "R D"]:
     """The rows of ``x`` sorted by expert; its gradient is `combine`."""
     return _Gather.apply(x, by)
 
 
-def combine(y: Float[Tensor, "N D"], by: Permutation) -> Float[Tensor, "T D"]:
+def combine(y: Float[Tensor, "R D"], by: Permutation) -> Float[Tensor, "T D"]:
     """For each token the sum of its rows; its gradient is `gather`."""
     return _Combine.apply(y, by)
 

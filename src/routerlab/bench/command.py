@@ -1,0 +1,122 @@
+"""`routerlab bench`: what is asked for, and the table and file that come back."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # at run time torch is imported only once the arguments can be read
+    from routerlab.bench.layer import Settings
+    from routerlab.bench.step import StepShare
+
+SUBJECTS = {"layer": "one MoE layer against a dense layer and transformers; losses, diagnostics"}
+STEP_SECONDS = 5  # seconds for a variant of the training step, in units of --seconds
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the benchmark that ``argv`` names. Exit codes: 0, 1 (a contestant was refused because it
+    is not equal to the reference), 2 (bad arguments).
+    """
+    if not argv:
+        print("usage: routerlab bench SUBJECT [options]\n\nsubjects:")
+        for name, text in SUBJECTS.items():
+            print(f"  {name:8} {text}")
+        return 0
+    try:
+        arguments = _parser().parse_args(list(argv))
+    except SystemExit as stop:  # argparse has printed why, or the help
+        return int(stop.code or 0)
+    try:
+        return _bench_layer(arguments)
+    except ValueError as error:
+        print(f"routerlab bench: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="routerlab bench")
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    layer = subjects.add_parser("layer", help=SUBJECTS["layer"])
+    add = layer.add_argument
+    add("--shapes", default="quick", help="quick, full, or T,D,F,E,K;T,D,F,E,K;...")
+    add("--dtypes", default="float32,bf16", help="float32, bf16 (autocast) or both")
+    add("--paths", default="all", help="all, or some of autograd,loop,hf_grouped_mm,hf_eager,...")
+    add("--seconds", type=float, default=1.5, help="for each cell of the table (default 1.5)")
+    add("--threads", type=int, help="CPU threads (default: as torch chooses)")
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--clock", default="wall", choices=("wall", "cpu"), help="cpu: for one thread, when busy")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--step", action=argparse.BooleanOptionalAction, default=True, help="training step, too")
+    return parser
+
+
+def _bench_layer(arguments: argparse.Namespace) -> int:
+    if arguments.seconds <= 0:
+        raise ValueError(f"--seconds={arguments.seconds}: must be above 0")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ValueError(f"--threads={arguments.threads}: must be at least 1")
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise ValueError(f"--json={arguments.json}: its folder does not exist")
+
+    import torch
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda: torch finds no GPU")
+    if arguments.device == "cuda" and arguments.clock == "cpu":
+        raise ValueError("--clock=cpu: does not see what a GPU does; use wall")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads or threads)
+    try:
+        return _run(arguments)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from routerlab.bench import layer, report
+    from routerlab.bench.contestants import PATHS, Shape
+
+    named = {"quick": layer.QUICK, "full": layer.FULL}
+    texts = named.get(arguments.shapes) or [t for t in arguments.shapes.split(";") if t.strip()]
+    shapes = [Shape.parse(text) for text in texts]
+    if not shapes:
+        raise ValueError(f"--shapes={arguments.shapes!r}: names no shape")
+    dtypes = arguments.dtypes.split(",")
+    paths = list(PATHS) if arguments.paths == "all" else arguments.paths.split(",")
+    layer.check_names(dtypes, paths)
+    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
+    settings = layer.Settings(
+        arguments.seconds, torch.device(arguments.device), arguments.seed, clock
+    )
+    rows: list[layer.Row] = []
+    share = None
+    console = Console()
+    with console.status("") as status:
+        for shape in shapes:
+            for dtype in dtypes:
+                rows += layer.bench_shape(shape, dtype, paths, settings, status.update)
+        if arguments.step:
+            share = _bench_step(settings, status.update)
+    console.print(report.table(rows))
+    if share is not None:
+        console.print("\n".join(report.step_lines(share)), highlight=False)
+    if arguments.json is not None:
+        found = report.as_json(rows, share, settings)
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    return int(any(row.status.startswith("refused") for row in rows))
+
+
+def _bench_step(settings: "Settings", progress: Callable[[str], None]) -> "StepShare":
+    from routerlab.bench.step import bench_step
+
+    progress("a training step with and without losses and diagnostics")
+    # its differences are a few percent: they need more samples than a ratio of 2
+    return bench_step(replace(settings, seconds=STEP_SECONDS * settings.seconds))

@@ -1,0 +1,64 @@
+"""What a step allocates, and what forward keeps for backward."""
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+MIB = 2**20
+
+
+def peak_mib(work: Callable[[], object], device: torch.device) -> float:
+    """The most memory that ``work`` holds at one time, over what was held before it.
+
+    On CPU from the profiler's allocation events: PyTorch's allocator reports every block it hands
+    out, also the temporaries inside an operation, which a dispatch mode would not see. Exact, and
+    two to three times as slow as the step itself.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / MIB
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else two lines on stderr for every profile
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    return highest(_allocations(profiler)) / MIB
+
+
+def highest(changes: Iterable[int]) -> int:
+    """The highest running sum, from 0."""
+    held = most = 0
+    for change in changes:
+        held += change
+        most = max(most, held)
+    return most
+
+
+def _allocations(profiler: Any) -> list[int]:
+    """Bytes of each allocation (above 0) and release (below), in the order of time."""
+    results = profiler.profiler.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def saved_mib(forward: Callable[[], object], parameters: Iterable[Tensor]) -> float:
+    """What autograd saves during ``forward``: distinct storages that hold no parameter."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = forward()  # alive until the end: a freed storage's address could come again
+    del kept
+    return sum(saved.values()) / MIB

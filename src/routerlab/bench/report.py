@@ -1,0 +1,124 @@
+"""Rows as a table and as JSON, with the machine that they come from."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from routerlab.bench.layer import Row, Settings
+from routerlab.bench.step import LOG_EVERY, StepShare
+
+COLUMNS = (
+    "shape T,D,F,E,K",
+    "dtype",
+    "path",
+    "x dense",
+    "quartiles",
+    "x best HF",
+    "ms",
+    "peak MiB",
+    "x dense",
+    "saved MiB",
+)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The figures of all rows; a row without figures says why."""
+    found = Table(title="forward + backward of one layer", caption=_caption(rows))
+    for index, column in enumerate(COLUMNS):
+        found.add_column(column, justify="left" if index < 3 else "right", no_wrap=index < 3)
+    last = None
+    for row in rows:
+        case = (row.shape, row.dtype)
+        if last is not None and case != last:
+            found.add_section()
+        names = ("", "") if case == last else case
+        last = case
+        if row.status != "ok":
+            found.add_row(*names, row.path, "-", *["-"] * 6)
+            continue
+        quartiles = "" if row.lower is None else f"{row.lower:.2f}-{row.upper:.2f}"
+        numbers = (row.to_transformers, row.milliseconds, row.peak_mib, row.peak_to_dense)
+        best, milliseconds, peak, peak_ratio = (_number(number) for number in numbers)
+        found.add_row(
+            *names,
+            row.path,
+            _number(row.ratio),
+            quartiles,
+            best,
+            milliseconds,
+            peak,
+            peak_ratio,
+            _number(row.saved_mib),
+        )
+    return found
+
+
+def step_lines(share: StepShare) -> list[str]:
+    """What losses and diagnostics cost, in sentences."""
+    losses, both = share.losses, share.losses_and_diagnostics
+    every = share.losses_percent + share.diagnostics_percent
+    return [
+        f"training step: {share.milliseconds:.0f} ms without losses and diagnostics",
+        f"  losses: {share.losses_percent:+.1f} % "
+        f"(quartiles {100 * (losses.lower - 1):+.1f} to {100 * (losses.upper - 1):+.1f} %)",
+        f"  losses and diagnostics on every step: {every:+.1f} % "
+        f"(quartiles {100 * (both.lower - 1):+.1f} to {100 * (both.upper - 1):+.1f} %)",
+        f"  losses, and diagnostics at log_every={LOG_EVERY}: {share.promised_percent:+.1f} %",
+    ]
+
+
+def as_json(rows: Sequence[Row], share: StepShare | None, settings: Settings) -> dict[str, Any]:
+    """Everything that was measured, and where."""
+    step = None
+    if share is not None:
+        step = asdict(share) | {"log_every": LOG_EVERY, "percent": share.promised_percent}
+    return {
+        "environment": environment(settings),
+        "rows": [asdict(row) for row in rows],
+        "step": step,
+    }
+
+
+def environment(settings: Settings) -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    cuda = settings.device.type == "cuda"
+    return {
+        "cpu": cpu_model(),
+        "gpu": torch.cuda.get_device_name(settings.device) if cuda else None,
+        "threads": torch.get_num_threads(),
+        "clock": settings.clock.__name__,
+        "seconds": settings.seconds,
+        "seed": settings.seed,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _caption(rows: Sequence[Row]) -> str | None:
+    notes = [f"{r.shape} {r.dtype} {r.path}: {r.status}" for r in rows if r.status != "ok"]
+    used = sum(row.samples or 0 for row in rows)
+    busy = sum(row.busy or 0 for row in rows)
+    if busy:
+        notes.append(f"{busy} of {busy + used} samples dropped: another process was in the way")
+    return "\n".join(notes) or None
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
