@@ -3,20 +3,24 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import yaml
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _NOT_RESULTS = ("run_dir", "resume", "paths.", "logger.", "callback.")
 
 
-def compare(paths: Iterable[str | Path]) -> pd.DataFrame:
+def compare(paths: Iterable[str | Path]) -> "pd.DataFrame":
     """One row a run, by directory name: its state, the config keys in which the runs differ, and
     its headline numbers (validation, load and entropy means, speed, parameters).
 
     A run without a summary (still running, or failed) has its state and config, and no numbers.
     """
+    import pandas as pd  # here, because a training run reads this module and needs no tables
+
     rows, configs = {}, {}
     for path in map(Path, paths):
         if not (path / "config.yaml").is_file():

@@ -48,7 +48,9 @@ def facts() -> dict[str, Any]:
         "commit": found["commit"] or "not a checkout",
         "processor": f"{hardware['cpu']}, {hardware['cores']} cores, "
         f"{hardware['memory_gib']} GiB, {found['torch_threads']} threads",
-        "bf16": "in hardware" if bf16 else "emulated on this processor: slower than float32",
+        "bf16": "in hardware; on a CPU it pays off for wide experts only (docs/bench.md)"
+        if bf16
+        else "emulated on this processor: slower than float32",
         "gpus": ", ".join(hardware["gpus"]) or "none",
         "dispatch": ", ".join(sorted(DISPATCHES)),
         "configs": config_dir(),

@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 from routerlab.analysis import trace
 from routerlab.core.errors import NonFiniteLossError
 from routerlab.objectives.routed import RoutedObjective
-from routerlab.reports.html import write_report
 from routerlab.training import assemble
 from routerlab.training.callbacks.checkpoint import KeepConfig
 from routerlab.training.callbacks.metrics import Metrics
@@ -83,6 +82,8 @@ def _fit(
     if not files.has(trainer.global_step, "val/loss") or not objective.validation_result[0]:
         trainer.validate(objective, datamodule=data, verbose=False)
     if trainer.is_global_zero:
+        from routerlab.reports.html import write_report  # a second of imports, not at the start
+
         run.write_json("summary.json", summarize(cfg, run, data, objective, metrics, trainer))
         if cfg.trace_sequences:
             _record(cfg, run, data, objective)
