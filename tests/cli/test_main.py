@@ -1,7 +1,10 @@
 """The command line's first answers."""
 
+import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,8 +72,6 @@ def test_eval_repeats_the_validation_of_the_run(
 ) -> None:
     assert main(["eval", f"run={finished_run}", "max_val_windows=16"]) == 0
     said = capsys.readouterr().out
-    import json
-
     summary = json.loads((finished_run / "summary.json").read_text())
     found = json.loads((finished_run / "evaluation.json").read_text())
     assert found["metrics"]["val/bits_per_byte"] == pytest.approx(summary["val"]["bits_per_byte"])
@@ -106,3 +107,27 @@ def test_doctor_finds_this_machine_in_order(capsys: pytest.CaptureFixture[str]) 
         assert word in said
     assert said.count("ok ") == 3
     assert "FAILED" not in said
+
+
+def test_ctrl_c_ends_with_where_to_go_on(
+    tiny_words: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    run = tmp_path / "stopped"
+    words = tiny_words("trainer.max_steps=100000", f"run_dir={run}")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "routerlab.cli.main", "train", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.time() + 120
+    while not list(run.glob("checkpoints/step_*.ckpt")):
+        assert process.poll() is None
+        assert time.time() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"go on with: routerlab train resume={run}" in said
+    assert json.loads((run / "status.json").read_text())["error"].startswith("KeyboardInterrupt")

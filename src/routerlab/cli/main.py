@@ -50,17 +50,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except NonFiniteLossError as error:
-        print("\n  ".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _fail(1, f"error: {error}", error)
+    except KeyboardInterrupt as error:
+        return _fail(130, "interrupted", error)
     except ValueError as error:  # a constructor or a data file refused its input
         if os.environ.get("ROUTERLAB_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
         print("(set ROUTERLAB_TRACEBACK=1 to see where)", file=sys.stderr)
         return 2
+
+
+def _fail(code: int, message: str, error: BaseException) -> int:
+    """Prints the message and what the run added to the error; returns the code."""
+    print("\n  ".join([message, *getattr(error, "__notes__", [])]), file=sys.stderr)
+    return code
 
 
 def _config_dirs(words: Sequence[str]) -> list[str]:

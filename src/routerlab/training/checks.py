@@ -16,6 +16,8 @@ def check_trainer(cfg: DictConfig) -> None:
     """Refuses a device that this machine does not have, and steps that make no sense."""
     if cfg.trainer.max_steps < 1:
         raise ConfigError(f"trainer.max_steps={cfg.trainer.max_steps}: must be at least 1")
+    if cfg.trace_sequences < 0:
+        raise ConfigError(f"trace_sequences={cfg.trace_sequences}: must be 0 or more")
     if "accumulate_grad_batches" in cfg.trainer:
         raise ConfigError(
             "trainer.accumulate_grad_batches: a batch is one optimizer step here; cut it with "

@@ -5,7 +5,8 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -53,30 +54,46 @@ def build_all(nodes: DictConfig | None) -> dict[str, Any]:
     return {str(name): build(node) for name, node in (nodes or {}).items()}
 
 
-def check_targets(node: Any, path: str = "") -> None:
-    """Refuses targets from elsewhere than the known libraries and the user's own directories, and
-    keys that the target does not take.
+def check_targets(node: Any) -> None:
+    """Refuses targets from elsewhere than the known libraries and the user's own directories, keys
+    that the target does not take, and values of another type than it says.
     """
     if not isinstance(node, DictConfig):
         return
     for key in node:
         if not OmegaConf.is_missing(node, key):
-            check_targets(node[key], f"{path}{key}.")
+            check_targets(node[key])
     if "_target_" not in node:
         return
     name = node["_target_"]
     top = name.split(".")[0]
     if top not in _LIBRARIES and not _is_users(top):
         raise ConfigError(
-            f"{path}_target_={name!r}: must come from {', '.join(_LIBRARIES)}, or from a python "
-            "file in a directory given with --config-dir"
+            f"{node._get_full_key('_target_')}={name!r}: must come from {', '.join(_LIBRARIES)}, "
+            "or from a python file in a directory given with --config-dir"
         )
     parameters = _parameters(_locate(name))
-    for key in node:
-        if str(key) not in parameters and not str(key).startswith("_"):
-            raise ConfigError(
-                f"{path}{key}: {name} has no such argument; {nearest(str(key), parameters)}"
-            )
+    for key in map(str, node):
+        if key.startswith("_"):
+            continue
+        place = node._get_full_key(key)
+        if key not in parameters:
+            hint = nearest(key, parameters)
+            raise ConfigError(f"{place}: {name} has no such argument; {hint}")
+        if not OmegaConf.is_missing(node, key) and not _fits(node[key], parameters[key]):
+            wanted = getattr(parameters[key], "__name__", str(parameters[key]))
+            raise ConfigError(f"{place}={node[key]!r}: must be {wanted}")
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a plain value has the annotated type; annotations other than plain types fit all."""
+    options = get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
+    plain = {int, float, bool, str, NoneType}
+    if not plain.issuperset(options):
+        return True
+    if isinstance(value, bool):
+        return bool in options
+    return isinstance(value, options) or (isinstance(value, int) and float in options)
 
 
 def _locate(name: str) -> Any:
@@ -94,13 +111,14 @@ def _is_users(top: str) -> bool:
     return origin is not None and any(d in origin.resolve().parents for d in user_dirs())
 
 
-def _parameters(target: Any) -> list[str]:
-    """Names that a call accepts; ``**shared`` stands for those of the parent class."""
+def _parameters(target: Any) -> dict[str, Any]:
+    """Names that a call accepts and their annotations; ``**shared`` stands for the parent's."""
     classes = inspect.getmro(target) if inspect.isclass(target) else (target,)
-    names: list[str] = []
+    found: dict[str, Any] = {}
     for part in classes:
         signature = inspect.signature(part.__init__ if inspect.isclass(part) else part)
-        names += [p.name for p in signature.parameters.values() if p.name != "self"]
+        for parameter in signature.parameters.values():
+            found.setdefault(parameter.name, parameter.annotation)
         if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
             break
-    return names
+    return {name: annotation for name, annotation in found.items() if name != "self"}

@@ -10,7 +10,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from routerlab.analysis import trace
-from routerlab.core.errors import NonFiniteLossError
 from routerlab.objectives.routed import RoutedObjective
 from routerlab.training import assemble
 from routerlab.training.callbacks.checkpoint import KeepConfig
@@ -52,9 +51,9 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
         _fit(cfg, run, data, objective, callbacks)
     except BaseException as error:
         run.set_status("failed", error)
-        if isinstance(error, NonFiniteLossError):
-            checkpoint, _ = run.newest_checkpoint()
-            error.add_note(f"last good checkpoint: {checkpoint or 'none yet'}; run: {run.path}")
+        checkpoint, _ = run.newest_checkpoint()
+        error.add_note(f"last good checkpoint: {checkpoint or 'none yet'}")
+        error.add_note(f"go on with: routerlab train resume={run.path}")
         raise
     finally:
         _finish_wandb()
@@ -76,9 +75,12 @@ def _fit(
     callbacks = [*first, *extra.values()]
     trainer = assemble.build_trainer(cfg, run.path, callbacks, loggers)
     start = _start(run, files)
-    trainer.fit(objective, datamodule=data, ckpt_path=start, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(objective, datamodule=data, ckpt_path=start, weights_only=True)
+    except SystemExit as stop:  # what lightning makes of Ctrl-C
+        if trainer.interrupted:
+            raise KeyboardInterrupt from stop
+        raise
     if not files.has(trainer.global_step, "val/loss") or not objective.validation_result[0]:
         trainer.validate(objective, datamodule=data, verbose=False)
     if trainer.is_global_zero:
