@@ -1,4 +1,4 @@
-"""Renaming ``moe`` to ``mlp`` makes our weights those of Qwen3MoeForCausalLM (D20)."""
+"""Renaming ``moe`` to ``mlp`` makes our weights those of Qwen3MoeForCausalLM."""
 
 from functools import partial
 

@@ -28,7 +28,7 @@ def test_output() -> None:
     "changes",
     [{}, {"qk_norm": True, "num_kv_heads": 2}, {"num_shared_experts": 1, "num_layers": 1}],
 )
-def test_the_future_and_other_samples_do_not_reach_a_token(changes: dict[str, Any]) -> None:  # D34
+def test_the_future_and_other_samples_do_not_reach_a_token(changes: dict[str, Any]) -> None:
     decoder, ids = tiny_decoder(**changes), tiny_batch(2)["input_ids"]
     plain = decoder(ids).logits
     for changed in range(LENGTH):
@@ -64,7 +64,7 @@ def test_padding_is_not_routed_and_changes_nothing_before_it() -> None:
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.1])
-def test_recomputation_changes_nothing(jitter: float) -> None:  # D24
+def test_recomputation_changes_nothing(jitter: float) -> None:
     router = partial(TokenChoice, top_k=2, init_std=1.0, jitter_eps=jitter)
     batch, results = tiny_batch(3), []
     context = RoutingContext(3, LENGTH, valid=batch["valid"].flatten(), seed=4)
@@ -94,7 +94,7 @@ def test_each_block_runs_twice_under_recomputation_and_once_without_gradients() 
 
 
 @pytest.mark.parametrize("num_layers", [2, 12, 101])
-def test_layer_names_sort_by_depth(num_layers: int) -> None:  # D35
+def test_layer_names_sort_by_depth(num_layers: int) -> None:
     decoder = tiny_decoder(num_layers=num_layers, d_model=2, num_heads=1)
     assert decoder.layer_names == sorted(decoder.layer_names)
     assert len(set(decoder.layer_names)) == num_layers

@@ -1,4 +1,4 @@
-"""Sums first, values after the reduction (routing_metrics.md, first trap and item 5)."""
+"""Sums first, values after the reduction (ranks are not averaged)."""
 
 from collections.abc import Sequence
 

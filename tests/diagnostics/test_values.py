@@ -1,4 +1,4 @@
-"""Every number of methods/routing_metrics.md that our diagnostics cover."""
+"""Every diagnostic on examples worked out by hand."""
 
 import math
 
@@ -36,7 +36,7 @@ def of_counts(counts: list[int]) -> RouterOutput:
     return record(torch.full((len(picks), len(counts)), 1 / len(counts)), picks)
 
 
-# -- the running example, EX-A --------------------------------------------------------------------
+# -- the running example --------------------------------------------------------------------------
 
 
 def test_load_of_the_running_example() -> None:  # section 1; c = [3, 2, 2, 1]
@@ -63,7 +63,7 @@ def test_entropies_of_the_running_example() -> None:  # section 3
     )
 
 
-def test_mutual_information_is_the_mean_divergence_from_the_mean() -> None:  # item 1
+def test_mutual_information_is_the_mean_divergence_from_the_mean() -> None:
     p = torch.tensor(EX_A_PROBS, dtype=torch.float64)
     divergence = (p * (p / p.mean(0)).log()).sum(-1).mean() / math.log(4)
     assert scalars(ENTROPY, ex_a())["mutual_information"] == pytest.approx(
@@ -136,23 +136,23 @@ def test_uniform_reference() -> None:
 
 
 @pytest.mark.parametrize("counts", [[3, 1], [5, 0, 2], [1, 2, 3, 4, 9]])
-def test_effective_experts_is_e_over_one_plus_cv_squared(counts: list[int]) -> None:  # item 3
+def test_effective_experts_is_e_over_one_plus_cv_squared(counts: list[int]) -> None:
     values = scalars(LOAD, of_counts(counts))
     assert values["effective_experts"] == pytest.approx(len(counts) / (1 + values["load_cv"] ** 2))
     mean = sum(counts) / len(counts)
     assert values["max_violation"] + 1 == pytest.approx(max(counts) / mean)
 
 
-def test_counts_may_be_scaled() -> None:  # item 4
+def test_counts_may_be_scaled() -> None:
     assert scalars(LOAD, of_counts([6, 4, 4, 2])) == pytest.approx(scalars(LOAD, ex_a()))
 
 
-def test_mutual_information_is_zero_for_equal_tokens() -> None:  # item 6
+def test_mutual_information_is_zero_for_equal_tokens() -> None:
     output = record([[0.7, 0.2, 0.1]] * 5, [[0]] * 5)
     assert scalars(ENTROPY, output)["mutual_information"] == pytest.approx(0, abs=1e-12)
 
 
-def test_mutual_information_is_one_for_certain_and_balanced_tokens() -> None:  # item 6: ln E / ln E
+def test_mutual_information_is_one_for_certain_and_balanced_tokens() -> None:  # ln E / ln E
     values = scalars(ENTROPY, record(torch.eye(4), torch.arange(4)[:, None]))
     assert values == pytest.approx(
         {"mean_entropy": 0, "entropy_of_mean": 1, "mutual_information": 1}, abs=1e-12
@@ -165,7 +165,7 @@ def test_one_expert_is_no_division_by_zero() -> None:
         assert all(math.isfinite(v) for v in scalars(diagnostic, output).values())
 
 
-def test_no_boundary_when_all_experts_are_picked() -> None:  # D23
+def test_no_boundary_when_all_experts_are_picked() -> None:
     p = torch.tensor(EX_A_PROBS)
     values = scalars(MARGIN, record(p, torch.arange(4).expand(4, 4)))
     assert values == pytest.approx({"top1_prob": 0.5125, "boundary_margin": 0})
@@ -184,7 +184,7 @@ def test_margin_is_negative_where_something_else_chose() -> None:
 
 
 @pytest.mark.parametrize("diagnostic", [LOAD, ENTROPY, MARGIN, RouterLogits()])
-def test_invariant_to_relabelling_experts(diagnostic: Diagnostic) -> None:  # item 4, D41
+def test_invariant_to_relabelling_experts(diagnostic: Diagnostic) -> None:
     output, order = random_record(9, 5, 2), torch.tensor([4, 2, 0, 1, 3])
     moved = record(output.router_probs[:, order], order.argsort()[output.expert_indices].view(9, 2))
     assert scalars(diagnostic, moved) == pytest.approx(scalars(diagnostic, output), rel=1e-12)
@@ -215,7 +215,7 @@ def test_expert_by_domain() -> None:  # section 4
     assert values["expert_by_domain"].tolist() == [[1, 0.5, 0.25, 0.25], [0.25, 0.25, 1, 0.5]]
     assert values["domain_information"].item() == pytest.approx(0.204434, abs=1e-6)
     assert values["domain_information"].item() * math.log(2) == pytest.approx(0.141703, abs=1e-6)
-    assert values["expert_by_domain"].sum(1).tolist() == [2, 2]  # item 8: K
+    assert values["expert_by_domain"].sum(1).tolist() == [2, 2]  # K
 
 
 def test_domains_weigh_equally() -> None:
@@ -251,7 +251,7 @@ ALL = [LOAD, ENTROPY, MARGIN, RouterLogits(), ExpertByDomain()]
 
 @pytest.mark.parametrize("diagnostic", ALL, ids=lambda d: type(d).__name__)
 @pytest.mark.parametrize("padding", [0.25, torch.nan, torch.inf])
-def test_padding_changes_nothing(diagnostic: Diagnostic, padding: float) -> None:  # item 10, D23
+def test_padding_changes_nothing(diagnostic: Diagnostic, padding: float) -> None:
     # 2 sequences of 4 tokens, 2 and 3 of them real
     valid = torch.tensor([True, True, False, False, True, True, True, False])
     real = random_record(5, 4, 2)

@@ -1,4 +1,4 @@
-"""The fast path equals the readable one, in values and all gradients (D1)."""
+"""The fast path equals the readable one, in values and all gradients."""
 
 from dataclasses import replace
 
@@ -74,7 +74,7 @@ def test_equals_the_definition(dispatch: Dispatch, dtype: torch.dtype, name: str
 
 @pytest.mark.parametrize("dispatch", [autograd, loop])
 @pytest.mark.parametrize("d_model", [8, 5])
-def test_a_dead_expert_has_a_gradient_of_zero(dispatch: Dispatch, d_model: int) -> None:  # D17
+def test_a_dead_expert_has_a_gradient_of_zero(dispatch: Dispatch, d_model: int) -> None:
     got = results(dispatch, RECORDS["dead experts"], torch.float32, d_model, 4)
     for name in ("gate_up_proj", "down_proj"):
         assert got[name] is not None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from routerlab.core.routing import RouterOutput
 
-# methods/routing_metrics.md, running example EX-A: T=4, E=4, K=2; c = [3, 2, 2, 1]
+# the running example of the diagnostics' tests: T=4, E=4, K=2; c = [3, 2, 2, 1]
 EX_A_PROBS = [
     [0.6, 0.2, 0.15, 0.05],
     [0.45, 0.35, 0.15, 0.05],
@@ -31,7 +31,7 @@ def record(
 
 
 def ex_a(kept: Tensor | None = None) -> RouterOutput:
-    """The running example of the metrics card."""
+    """The running example: four tokens, four experts, two picks."""
     return record(EX_A_PROBS, EX_A_PICKS, kept=kept)
 
 

@@ -1,4 +1,4 @@
-"""The load-balancing loss: numbers of methods/token_choice.md, and traps that peers fall into."""
+"""The load-balancing loss by hand, and traps that implementations fall into."""
 
 from typing import Any
 
@@ -28,8 +28,8 @@ def totals_of(records: list[RouterOutput]) -> StepTotals:
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
-def test_one_at_balance_for_every_k_and_any_probabilities(scope: str, top_k: int) -> None:  # D9
-    # token t picks experts t, t+1, ... t+K-1: E sum_i (1/E) P_i = sum_i P_i = 1; item 3 (ours)
+def test_one_at_balance_for_every_k_and_any_probabilities(scope: str, top_k: int) -> None:
+    # token t picks experts t, t+1, ... t+K-1: E sum_i (1/E) P_i = sum_i P_i = 1
     picks = (torch.arange(4)[:, None] + torch.arange(top_k)) % 4
     probs = torch.rand(4, 4, dtype=torch.float64).softmax(-1)
     assert loss_of(probs, picks, scope) == pytest.approx(1, abs=1e-7)
@@ -49,7 +49,7 @@ def test_collapse_is_e_over_k(top_k: int) -> None:
     assert loss_of(probs, [list(range(top_k))] * 5) == pytest.approx(4 / top_k)
 
 
-def test_value_and_gradient_by_hand() -> None:  # item 2
+def test_value_and_gradient_by_hand() -> None:
     probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.3, 0.7]], dtype=torch.float64)
     probs.requires_grad_()
     picks = torch.tensor([[0], [0], [0], [1]])
@@ -68,7 +68,7 @@ def test_running_example_of_the_metrics_card() -> None:
     assert float(LoadBalancingLoss()(ex_a())) == pytest.approx(1.075)
 
 
-def test_two_collapsed_layers_do_not_look_balanced() -> None:  # item 4
+def test_two_collapsed_layers_do_not_look_balanced() -> None:
     layers = [
         loss_of([[0.99, 0.01]] * 4, [[0]] * 4),
         loss_of([[0.01, 0.99]] * 4, [[1]] * 4),
@@ -76,13 +76,13 @@ def test_two_collapsed_layers_do_not_look_balanced() -> None:  # item 4
     assert sum(layers) / 2 == pytest.approx(1.98)  # 2 * 1 * .99 each; pooled it would be 1.0
 
 
-def test_four_layers_collapsed_on_four_experts_score_four() -> None:  # D31, F1
+def test_four_layers_collapsed_on_four_experts_score_four() -> None:
     eye = torch.eye(4, dtype=torch.float64)
     layers = [loss_of(eye[[e] * 6], [[e]] * 6) for e in range(4)]
     assert layers == pytest.approx([4.0] * 4)
 
 
-def test_second_picks_on_one_expert_raise_the_loss() -> None:  # D32, F3, F10
+def test_second_picks_on_one_expert_raise_the_loss() -> None:
     # first picks are even over experts 0-3; second picks go round, or all to expert 4
     first = torch.arange(8)[:, None] % 4
     probs = torch.full((8, 8), 0.02, dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_second_picks_on_one_expert_raise_the_loss() -> None:  # D32, F3, F10
     assert values == pytest.approx([1.0, 2.26])
 
 
-def test_micro_batches_and_the_step() -> None:  # item 5, D13
+def test_micro_batches_and_the_step() -> None:
     parts = [record([[0.9, 0.1]] * 4, [[0]] * 4), record([[0.1, 0.9]] * 4, [[1]] * 4)]
     totals = totals_of(parts)
     values = {}
@@ -114,7 +114,7 @@ def test_micro_batches_weigh_by_tokens() -> None:
     assert sum(float(loss(p, None, totals_of(parts))) for p in parts) == pytest.approx(1.65)
 
 
-def test_sequence_loss_by_hand() -> None:  # item 12, first half
+def test_sequence_loss_by_hand() -> None:
     scores = torch.tensor([[0.8, 0.6, 0.2, 0.4], [0.9, 0.3, 0.6, 0.2]], dtype=torch.float64)
     probs = scores / scores.sum(-1, keepdim=True)
     picks = scores.topk(2).indices  # {0, 1}, {0, 2}
@@ -122,7 +122,7 @@ def test_sequence_loss_by_hand() -> None:  # item 12, first half
     assert loss_of(probs, picks, "sequence") == pytest.approx(1.275)
 
 
-def test_sequence_loss_is_the_mean_over_sequences() -> None:  # D11
+def test_sequence_loss_is_the_mean_over_sequences() -> None:
     a, b = random_record(6, 4, 2, seed=1), random_record(6, 4, 2, seed=2)
     both = record(
         torch.cat([a.router_probs, b.router_probs]),
@@ -135,7 +135,7 @@ def test_sequence_loss_is_the_mean_over_sequences() -> None:  # D11
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_one_sequence_is_one_batch(scope: str) -> None:  # D11
+def test_one_sequence_is_one_batch(scope: str) -> None:
     output = random_record(6, 4, 2)
     torch.testing.assert_close(
         LoadBalancingLoss(scope=scope)(output, RoutingContext(1, 6)), LoadBalancingLoss()(output)
@@ -143,7 +143,7 @@ def test_one_sequence_is_one_batch(scope: str) -> None:  # D11
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_padding_changes_neither_value_nor_gradient(scope: str) -> None:  # D10, bitwise
+def test_padding_changes_neither_value_nor_gradient(scope: str) -> None:
     logits = torch.randn(10, 4, dtype=torch.float64)
     valid = torch.tensor([True, True, True, False, False] * 2)
     results = []
@@ -184,7 +184,7 @@ def test_counts_are_taken_before_capacity_drops(scope: str) -> None:
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_invariant_to_relabelling_experts(scope: str) -> None:  # D41
+def test_invariant_to_relabelling_experts(scope: str) -> None:
     output, order = random_record(8, 4, 2), torch.tensor([3, 1, 0, 2])
     place = order.argsort()  # expert e is called place[e] now
     moved = record(output.router_probs[:, order], place[output.expert_indices].view(8, 2))

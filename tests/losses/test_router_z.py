@@ -1,4 +1,4 @@
-"""The router z-loss: item 6 of methods/token_choice.md, and its gradient."""
+"""The router z-loss by hand, and its gradient."""
 
 import math
 
@@ -21,7 +21,7 @@ def output_of(logits: torch.Tensor, valid: torch.Tensor | None = None) -> Router
         ([[0.0, 0.0]], 0.480453),  # (ln 2)^2
         ([[1.0, 1.0]], 2.866747),  # (1 + ln 2)^2: not shift-invariant
         ([[0.0] * 4], 1.921812),  # (ln 4)^2
-        ([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]], 1.806965),  # metrics card, section 1: a mean
+        ([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]], 1.806965),  # a mean
     ],
 )
 def test_values(logits: list[list[float]], expected: float) -> None:
@@ -29,7 +29,7 @@ def test_values(logits: list[list[float]], expected: float) -> None:
     assert float(value) == pytest.approx(expected, abs=1e-6)
 
 
-def test_gradient() -> None:  # card, D: (2/T) LSE_t softmax(z_t)
+def test_gradient() -> None:  # (2/T) LSE_t softmax(z_t)
     logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     RouterZLoss()(output_of(logits)).backward()
     z = logits.detach()

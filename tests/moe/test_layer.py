@@ -58,7 +58,7 @@ def test_autograd_equals_loop(case: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(results[0], results[1], rtol=tolerance, atol=tolerance)
 
 
-def test_one_expert_is_the_dense_network() -> None:  # D3
+def test_one_expert_is_the_dense_network() -> None:
     router = partial(TokenChoice, top_k=1, normalize_weights=False)
     moe = layer(router=router, num_experts=1)
     dense = DenseSwiGLU(D, F).double()
@@ -68,7 +68,7 @@ def test_one_expert_is_the_dense_network() -> None:  # D3
     torch.testing.assert_close(moe(x)[0], dense(x))  # softmax over one logit is 1
 
 
-def test_unlimited_capacity_is_dropless() -> None:  # D3
+def test_unlimited_capacity_is_dropless() -> None:
     moe = layer()
     x = torch.randn(2, 5, D, dtype=torch.float64)
     y, _ = moe(x)
@@ -87,7 +87,7 @@ def test_identical_experts_with_weights_that_sum_to_one_are_one_network() -> Non
     torch.testing.assert_close(moe(x)[0], one)
 
 
-def test_relabelling_experts_permutes_the_load_and_nothing_else() -> None:  # D41
+def test_relabelling_experts_permutes_the_load_and_nothing_else() -> None:
     moe = layer()
     moved, order = copy.deepcopy(moe), torch.tensor([2, 0, 3, 1])
     for parameter in (*moved.experts.parameters(), moved.router.gate.weight):
@@ -168,7 +168,7 @@ def _compiled_and_eager() -> list[list[Tensor]]:
     return results
 
 
-def test_compiles_as_one_graph(tmp_path: Path) -> None:  # D25; torch compiles bfloat16 only
+def test_compiles_as_one_graph(tmp_path: Path) -> None:  # torch compiles bfloat16 only
     # in a child process: jaxtyping's import hook, on in this one, cannot be traced
     ((compiled, eager),) = run_distributed(_compiled_and_eager, world_size=1, tmp_path=tmp_path)
     torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=2e-2)

@@ -103,7 +103,7 @@ class Silent(CausalLM):
         ({"z": RouterZLoss(0.1)}, True),
     ],
 )
-def test_without_a_task_only_auxiliary_losses_move_the_router(  # D14
+def test_without_a_task_only_auxiliary_losses_move_the_router(
     losses: dict[str, AuxLoss], moves: bool
 ) -> None:
     model = objective(tiny_decoder(), losses)
@@ -116,7 +116,7 @@ def test_without_a_task_only_auxiliary_losses_move_the_router(  # D14
     assert not model.backbone.lm_head.weight.grad.any()
 
 
-def test_layers_collapsed_on_different_experts_are_not_pooled() -> None:  # D31, F1
+def test_layers_collapsed_on_different_experts_are_not_pooled() -> None:
     eye, context = torch.eye(4, dtype=torch.float64), RoutingContext(1, 6)
     records = {f"layers.{e:02d}.moe": record(eye[[e] * 6], [[e]] * 6) for e in range(4)}
     model = objective(tiny_decoder(), {"a": LoadBalancingLoss()})

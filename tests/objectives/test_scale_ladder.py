@@ -1,4 +1,4 @@
-"""How a step is cut changes neither loss, gradient nor diagnostics (D13, D33, D35, card item 14).
+"""How a step is cut changes neither loss, gradient nor diagnostics.
 
 The same 8 ragged sequences as 1, 2, 4 and 8 micro-batches, with and without recomputation, and on
 two processes. Unequal numbers of valid tokens in the pieces tell a sum over the step from a mean

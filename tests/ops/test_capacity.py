@@ -1,4 +1,4 @@
-"""Who gets a slot: methods/token_choice.md items 7 and 11."""
+"""Who gets a slot, by hand."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from routerlab.ops.capacity import expert_capacity, within_capacity
 @pytest.mark.parametrize(
     ("factor", "num_tokens", "top_k", "num_experts", "slots"),
     [
-        (1.25, 10, 2, 4, 7),  # item 7: ceil(1.25 * 10 * 2 / 4 = 6.25)
-        (1.0, 4, 2, 4, 2),  # metrics card, section 2, EX-A: cf 1 -> 2, 1.25 -> 3, 0.5 -> 1
+        (1.25, 10, 2, 4, 7),  # ceil(1.25 * 10 * 2 / 4 = 6.25)
+        (1.0, 4, 2, 4, 2),  # the running example: cf 1 -> 2, 1.25 -> 3, 0.5 -> 1
         (1.25, 4, 2, 4, 3),
         (0.5, 4, 2, 4, 1),
         (1.0, 1, 1, 8, 1),  # never 0 for at least one token
@@ -25,13 +25,13 @@ def test_expert_capacity(
 
 
 def test_first_choices_queue_before_second_choices() -> None:
-    # item 11: expert 0 is asked by tokens 0, 2 (first) and 1 (second), expert 1 by 1, 0, 2
+    # expert 0 is asked by tokens 0, 2 (first) and 1 (second), expert 1 by 1, 0, 2
     picks = torch.tensor([[0, 1], [1, 0], [0, 1]])
     assert within_capacity(picks, 2).tolist() == [[True, True], [True, False], [True, False]]
 
 
 def test_token_drop_example() -> None:
-    # metrics card, section 2: slot-major order keeps one assignment of each token
+    # slot-major order keeps one assignment of each token
     picks = torch.tensor([[0, 1], [1, 0]])
     assert within_capacity(picks, 1).tolist() == [[True, False], [True, False]]
 

@@ -1,4 +1,4 @@
-"""Grouped products against a loop, in every dtype and at every edge (D36, D37)."""
+"""Grouped products against a loop, in every dtype and at every edge."""
 
 import pytest
 import torch

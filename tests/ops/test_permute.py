@@ -1,4 +1,4 @@
-"""Rows to experts and back: each is the other's gradient (D4)."""
+"""Rows to experts and back: each is the other's gradient."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Token choice: numbers of methods/token_choice.md, and the contract of a router."""
+"""Token choice: the papers' rules by hand, and the contract of a router."""
 
 from itertools import pairwise
 from typing import Any
@@ -50,7 +50,7 @@ def route(logits: list[float], **changes: Any) -> tuple[list[int], Tensor]:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        # item 1: logits [2, 1, 0, -1]: softmax = [.643914, .236883, .087144, .032059]
+        # logits [2, 1, 0, -1]: softmax = [.643914, .236883, .087144, .032059]
         ({"normalize_weights": False}, [0.643914, 0.236883]),
         ({}, [0.731059, 0.268941]),  # softmax of [2, 1]
         ({"order": "top_k_first"}, [0.731059, 0.268941]),
@@ -71,7 +71,7 @@ def test_weights(changes: dict[str, Any], expected: list[float]) -> None:
 
 
 def test_sigmoid_probabilities_are_scores_over_their_sum() -> None:
-    # item 9 without bias: s = [.9, .6, .5, .2], sum 2.2; top 2 = .9, .6 -> [.6, .4] x 2.5
+    # s = [.9, .6, .5, .2], sum 2.2; top 2 = .9, .6 -> [.6, .4] x 2.5
     scores = torch.tensor([[0.9, 0.6, 0.5, 0.2]], dtype=torch.float64)
     router = router_of_logits(4, top_k=2, score_fn="sigmoid", route_scale=2.5)
     output = router(scores.logit())
@@ -129,7 +129,7 @@ def logit_gradient(**changes: Any) -> Tensor:
 
 
 def test_without_renormalising_the_gradient_reaches_all_logits() -> None:
-    # d p0 / dz = p0 (1[i=0] - p_i) with p of item 1
+    # d p0 / dz = p0 (1[i=0] - p_i) with the p above
     p = torch.tensor([2.0, 1.0, 0.0, -1.0], dtype=torch.float64).softmax(-1)
     expected = p[0] * (torch.eye(4, dtype=torch.float64)[0] - p)
     torch.testing.assert_close(logit_gradient(normalize_weights=False), expected)
@@ -174,7 +174,7 @@ def test_permuting_tokens_permutes_the_result(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["mixtral", "shazeer", "olmoe", "switch", "all"])
-def test_a_constant_added_to_all_logits_changes_nothing(variant: str) -> None:  # item 13
+def test_a_constant_added_to_all_logits_changes_nothing(variant: str) -> None:
     router = router_of_logits(4, **VARIANTS[variant])
     logits = torch.randn(5, 4, dtype=torch.float64)
     plain, shifted = router(logits), router(logits + 3.5)
@@ -275,7 +275,7 @@ def test_capacity_counts_real_tokens() -> None:
 
 @pytest.mark.parametrize(("top_k", "causal"), [(1, True), (2, False)])
 def test_capacity_with_second_choices_looks_ahead_and_says_so(top_k: int, causal: bool) -> None:
-    # card, C: second choices wait for ALL first choices. Two slots an expert (top_k 2), one
+    # second choices wait for ALL first choices. Two slots an expert (top_k 2), one
     # (top_k 1). Token 0's second choice is expert 1; tokens 2 and 3 may take both of its slots.
     calm = torch.tensor([[2.0, 1, 0, -1], [2, 0, 1, -1], [-1, 0, 2, 1], [-1, 0, 1, 2]])
     busy = calm.clone()

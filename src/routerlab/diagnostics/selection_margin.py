@@ -12,7 +12,7 @@ class SelectionMargin:
     r"""Means over tokens of the full distribution p (``router_probs``), padding excluded.
 
     ``top1_prob`` :math:`\max_e p_e`; ``boundary_margin``
-    :math:`\min_{e \in S} p_e - \max_{e \notin S} p_e` [name reconstructed], which for top-k on p is
+    :math:`\min_{e \in S} p_e - \max_{e \notin S} p_e` (the name is ours), which for top-k on p is
     :math:`p_{(K)} - p_{(K+1)}`. S holds the kept assignments; a token with none, or with all
     experts, has no boundary and counts 0. Negative where something other than p chose (an expert
     bias, a capacity).
