@@ -1,5 +1,6 @@
 """The command line's first answers."""
 
+import csv
 import json
 import signal
 import subprocess
@@ -70,7 +71,7 @@ def test_a_missing_config_directory_is_refused(capsys: pytest.CaptureFixture[str
 def test_eval_repeats_the_validation_of_the_run(
     finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["eval", f"run={finished_run}", "max_val_windows=16"]) == 0
+    assert main(["eval", f"run={finished_run}"]) == 0
     said = capsys.readouterr().out
     summary = json.loads((finished_run / "summary.json").read_text())
     found = json.loads((finished_run / "evaluation.json").read_text())
@@ -109,13 +110,21 @@ def test_doctor_finds_this_machine_in_order(capsys: pytest.CaptureFixture[str]) 
     assert "FAILED" not in said
 
 
-def test_ctrl_c_ends_with_where_to_go_on(
-    tiny_words: Callable[..., list[str]], tmp_path: Path
+@pytest.mark.parametrize(
+    ("sent", "code", "state"), [(signal.SIGINT, 130, "failed"), (signal.SIGTERM, 143, "preempted")]
+)
+def test_a_signal_ends_a_run_that_can_go_on(
+    sent: signal.Signals,
+    code: int,
+    state: str,
+    tiny_words: Callable[..., list[str]],
+    tmp_path: Path,
 ) -> None:
     run = tmp_path / "stopped"
     words = tiny_words("trainer.max_steps=100000", f"run_dir={run}")
+    often = ["callback.checkpoint.every_n_steps=50", "trainer.val_check_interval=100000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "routerlab.cli.main", "train", *words],
+        [sys.executable, "-m", "routerlab.cli.main", "train", *words, *often],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -126,8 +135,14 @@ def test_ctrl_c_ends_with_where_to_go_on(
         assert process.poll() is None
         assert time.time() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"go on with: routerlab train resume={run}" in said
-    assert json.loads((run / "status.json").read_text())["error"].startswith("KeyboardInterrupt")
+    assert process.returncode == code
+    assert json.loads((run / "status.json").read_text())["state"] == state
+    assert (run / "report.html").is_file()
+    if sent == signal.SIGINT:
+        assert f"go on with: routerlab train resume={run}" in said
+        return
+    steps = [row["step"] for row in csv.DictReader((run / "metrics.csv").open())]
+    newest = max(run.glob("checkpoints/step_*.ckpt"))
+    assert int(newest.stem.removeprefix("step_")) == int(steps[-1])  # saved where it stopped

@@ -59,6 +59,8 @@ def test_the_mode_never_leads_to_a_prompt_or_a_wait(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # a closed port
     assert wandb_mode() == "offline"  # a key, and no server
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert wandb_mode() == "offline"  # asked for, and would wait
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert wandb_mode() == "disabled"
 

@@ -160,3 +160,25 @@ def test_a_checkpoint_of_another_config_is_refused(train: Callable[..., Path]) -
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no run"):
         resume(tmp_path)
+
+
+def test_other_text_than_before_is_refused(
+    train: Callable[..., Path],
+    tiny_words: Callable[..., list[str]],
+    text_files: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text(text_files["prose"].read_text())
+    words = [word for word in tiny_words("name=text") if not word.startswith("data.domains")]
+    run = train(words=[*words, f"data.domains={{mine: {mine}}}"])
+    mine.write_text(text_files["code"].read_text())
+    with pytest.raises(ConfigError, match="not the text that the run was trained on"):
+        resume(run)
+
+
+def test_a_cache_elsewhere_is_the_same_run(train: Callable[..., Path], tmp_path: Path) -> None:
+    run = train("name=moved")
+    before = numbers(run)
+    resume(run, f"paths.cache_dir={tmp_path}")
+    assert numbers(run) == before

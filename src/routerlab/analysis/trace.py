@@ -72,7 +72,7 @@ def save(path: str | Path, trace: Trace) -> Path:
 
 
 def load(path: str | Path) -> Trace:
-    """The trace in a file; from a run directory, that of its last validation."""
+    """The trace in a file; from a run directory, the one made at its end."""
     path = Path(path)
     if path.is_dir():
         path = path / "traces" / "validation.safetensors"

@@ -73,6 +73,12 @@ class Decoder(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        counts = {"vocab_size": vocab_size, "d_model": d_model, "num_layers": num_layers}
+        for name, value in (counts | {"max_positions": max_positions}).items():
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        if rms_norm_eps <= 0 or rope_theta <= 0:
+            raise ValueError(f"{rms_norm_eps=}, {rope_theta=}: must be above 0")
         _check_widths(d_model, num_heads, num_kv_heads)
         self.vocab_size, self.max_positions = vocab_size, max_positions
         self.activation_checkpointing = activation_checkpointing

@@ -53,12 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(1, f"error: {error}", error)
     except KeyboardInterrupt as error:
         return _fail(130, "interrupted", error)
-    except ValueError as error:  # a constructor or a data file refused its input
+    except (ValueError, OSError) as error:  # a constructor or a file refused
         if os.environ.get("ROUTERLAB_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        print("(set ROUTERLAB_TRACEBACK=1 to see where)", file=sys.stderr)
-        return 2
+        error.add_note("(set ROUTERLAB_TRACEBACK=1 to see where)")
+        return _fail(2, f"error: {error}", error)
 
 
 def _fail(code: int, message: str, error: BaseException) -> int:

@@ -13,7 +13,7 @@ from routerlab.core.routing import RouterOutput, RoutingContext, StepTotals
 class Router(Protocol):
     """Tokens to a `RouterOutput`.
 
-    Logits in float32 even under autocast, finite for finite input; no state changes in ``eval()``;
+    Logits in float32 even under autocast, finite for finite input; a forward pass changes no state;
     permuting independent tokens permutes the result. A router that looks at other tokens of the
     batch (and so at the future) says ``causal = False``.
     """

@@ -194,6 +194,11 @@ class TextDataModule(pl.LightningDataModule):
         self._val = WindowDataset(self._corpus.val, self.seq_len, names)
         self._val_indices = self._val.evenly_spaced(self.max_val_windows)
 
+    def use_all_windows(self) -> None:
+        """From now on the held-out windows are all of them, not `max_val_windows`."""
+        self.max_val_windows = None
+        self.setup()
+
     @property
     def corpus(self) -> Corpus:
         """Returns the open corpus; RuntimeError before `setup`."""
@@ -206,7 +211,7 @@ class TextDataModule(pl.LightningDataModule):
         rank, world_size = self._place()
         step = 0
         if self.trainer is not None:
-            step = self.trainer.global_step * self.trainer.accumulate_grad_batches
+            step = self.trainer.global_step
         sampler = StepBatchSampler(
             len(self._train), self.batch_size, self.seed, rank, world_size, step
         )

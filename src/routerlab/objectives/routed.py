@@ -21,6 +21,7 @@ from routerlab.objectives.step import (
     Counts,
     Records,
     all_reduce,
+    all_reduce_max,
     rank,
     split_batch,
     step_totals,
@@ -266,6 +267,9 @@ class RoutedObjective(pl.LightningModule):
                 logits = out.without_padding(out.router_logits)
                 peak = logits.abs().amax().item() if len(logits) else 0.0
                 peaks[layer] = peak if math.isnan(peak) else max(peaks.get(layer, 0.0), peak)
+        flat = torch.tensor(list(peaks.values()), dtype=torch.float64, device=self.device)
+        flat = all_reduce_max(flat.nan_to_num(torch.inf, torch.inf)).tolist()
+        peaks = dict(zip(peaks, flat, strict=True))
         bad = [layer for layer, peak in peaks.items() if not math.isfinite(peak)]
         largest = max(peaks, key=lambda layer: peaks[layer])
         where = (

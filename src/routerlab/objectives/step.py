@@ -30,6 +30,13 @@ def all_reduce(value: Tensor) -> Tensor:
     return value
 
 
+def all_reduce_max(value: Tensor) -> Tensor:
+    """The largest ``value`` of all ranks, element by element."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+    return value
+
+
 def split_batch(batch: Batch, micro_batches: int) -> list[Batch]:
     """The micro-batches of a batch, of sizes that differ by at most one sequence."""
     size = len(batch["input_ids"])

@@ -81,6 +81,8 @@ class TokenChoice(nn.Module):
             raise ValueError(f"jitter_eps={jitter_eps}: must be from 0 to below 1")
         if route_scale <= 0:
             raise ValueError(f"route_scale={route_scale}: must be above 0")
+        if init_std < 0:
+            raise ValueError(f"init_std={init_std}: must be 0 or more")
         self.num_experts, self.top_k = num_experts, top_k
         self.score_fn, self.order, self.normalize_weights = score_fn, order, normalize_weights
         self.route_scale, self.jitter_eps = route_scale, jitter_eps

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
@@ -54,8 +55,12 @@ def build_trainer(
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))
+    accelerator = cfg.trainer.accelerator
+    if accelerator == "auto":  # never Metal: it has no float64, which sums need
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     return build(
         cfg.trainer,
+        accelerator=accelerator,
         default_root_dir=str(directory),
         callbacks=callbacks,
         logger=loggers,
@@ -67,6 +72,25 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def corpus_identity(data: Any) -> dict[str, Any]:
+    """What tells one corpus from another: domains, sources and sizes."""
+    return {key: data.corpus.meta[key] for key in ("domains", "sources", "tokens", "bytes")}
+
+
+def check_recipe(cfg: DictConfig, objective: RoutedObjective) -> None:
+    """Makes an optimizer and a trainer once, so that what they refuse is refused before the run."""
+    try:
+        objective.recipe.build(objective, cfg.trainer.max_steps)
+    except Exception as error:
+        raise ConfigError(f"optimizer: {error}") from error
+    try:
+        build_trainer(cfg, Path.cwd(), [], [])
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"trainer: {error}") from error
 
 
 def check_batch(cfg: DictConfig, world_size: int) -> None:

@@ -9,7 +9,15 @@ from routerlab.analysis.compare import flat
 from routerlab.training.config import ConfigError
 
 # Changing these does not change what a run computes, so a resumed run may.
-_FREE_TO_CHANGE = ("resume", "run_dir", "paths.", "callback.", "logger.", "trainer.max_steps")
+_FREE_TO_CHANGE = (
+    "resume",
+    "run_dir",
+    "paths.",
+    "callback.",
+    "logger.",
+    "trainer.max_steps",
+    "data.cache_dir",
+)
 
 
 def check_trainer(cfg: DictConfig) -> None:
@@ -31,8 +39,18 @@ def check_trainer(cfg: DictConfig) -> None:
         )
     if wanted in ("gpu", "cuda") and isinstance(devices, int) and devices > gpus:
         raise ConfigError(f"trainer.devices={devices}: this machine has {gpus} CUDA devices")
-    if wanted == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("trainer.accelerator=mps: this machine has no Metal device")
+    if wanted == "mps":
+        raise ConfigError("trainer.accelerator=mps: Metal has no float64, which sums need; use cpu")
+    if isinstance(devices, int) and devices < 1:
+        raise ConfigError(f"trainer.devices={devices}: must be at least 1")
+    if str(cfg.trainer.precision).startswith("16"):
+        raise ConfigError(
+            f"trainer.precision={cfg.trainer.precision}: its loss scale would distort the gradient "
+            "norm; use bf16-mixed"
+        )
+    every = cfg.trainer.val_check_interval
+    if not isinstance(every, int) or every < 1:
+        raise ConfigError(f"trainer.val_check_interval={every}: must be a whole number of steps")
 
 
 def check_fit(cfg: DictConfig, vocab_size: int) -> None:

@@ -20,7 +20,7 @@ Distributions = Mapping[str, list]
 class MetricsFiles(Logger):
     """``metrics.csv`` (a row a step, a column a scalar) and ``distributions.jsonl`` (the rest).
 
-    Every row is on disk when the call returns. A resumed run first forgets what came after its
+    Every row is written when the call returns. A resumed run first forgets what came after its
     checkpoint (`rewind`), so that recomputed steps appear once.
     """
 
@@ -138,6 +138,7 @@ class Wandb(WandbLogger):
                 x_disable_stats=True,
                 disable_git=True,
                 save_code=False,
+                init_timeout=30,
                 x_transaction_log_flush_interval=1.0,  # kill -9 loses a second, not a run
             ),
         )
@@ -177,10 +178,11 @@ def capped(metrics: Mapping[str, float], max_keys: int) -> dict[str, float]:
 
 
 def wandb_mode() -> str:
-    """``WANDB_MODE`` if set; else online if there is a key and the server answers in 3 s; else
-    offline. W&B itself would prompt without a key and wait without a network.
+    """``WANDB_MODE`` if it is not online; else online if there is a key and the server answers in
+    3 s; else offline. W&B itself would prompt without a key and wait without a network.
     """
-    if mode := os.environ.get("WANDB_MODE"):
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode != "online":
         return mode
     address = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     if not (os.environ.get("WANDB_API_KEY") or _netrc_has(address.hostname)):

@@ -1,12 +1,15 @@
 """One run, from a composed config to its report."""
 
+import contextlib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from routerlab.analysis import trace
@@ -17,7 +20,7 @@ from routerlab.training.callbacks.metrics import Metrics
 from routerlab.training.callbacks.reseed import Reseed
 from routerlab.training.callbacks.validation import MissedValidation
 from routerlab.training.checks import check_trainer, differences
-from routerlab.training.config import ConfigError, compose
+from routerlab.training.config import ConfigError, compose, user_dirs
 from routerlab.training.environment import environment
 from routerlab.training.instantiate import build_all, partial
 from routerlab.training.loggers import MetricsFiles
@@ -40,6 +43,9 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
     data = assemble.build_data(cfg)
     objective = assemble.build_objective(cfg, data)
     assemble.check_batch(cfg, _world_size(cfg))
+    assemble.check_recipe(cfg, objective)
+    if run is not None:
+        _check_corpus(run, data)
     callbacks = build_all(cfg.get("callback"))
     if run is None:
         run = _new_run(cfg, overrides)
@@ -50,13 +56,12 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
     try:
         _fit(cfg, run, data, objective, callbacks)
     except BaseException as error:
-        run.set_status("failed", error)
-        checkpoint, _ = run.newest_checkpoint()
-        error.add_note(f"last good checkpoint: {checkpoint or 'none yet'}")
-        error.add_note(f"go on with: routerlab train resume={run.path}")
+        _close_failed(run, error)
+        if isinstance(error, SIGTERMException):  # its exit code would be 0
+            raise SystemExit(143) from error
         raise
     finally:
-        _finish_wandb()
+        _finish_wandb(run)
     return run
 
 
@@ -71,36 +76,57 @@ def _fit(
     loggers = [files, *_loggers(cfg, run)]
     if "checkpoint" in extra:
         extra["checkpoint"].dirpath = str(run.path / "checkpoints")  # type: ignore[attr-defined]
-    first = [Reseed(cfg.seed), metrics, MissedValidation(files), KeepConfig(cfg)]
+    first = [Reseed(cfg.seed), metrics, MissedValidation(files)]
+    first.append(KeepConfig(cfg, assemble.corpus_identity(data)))
     callbacks = [*first, *extra.values()]
     trainer = assemble.build_trainer(cfg, run.path, callbacks, loggers)
     start = _start(run, files)
     try:
         trainer.fit(objective, datamodule=data, ckpt_path=start, weights_only=True)
     except SystemExit as stop:  # what lightning makes of Ctrl-C
-        if trainer.interrupted:
+        if trainer.interrupted and not isinstance(stop, SIGTERMException):
             raise KeyboardInterrupt from stop
         raise
-    if not files.has(trainer.global_step, "val/loss") or not objective.validation_result[0]:
+    if trainer.strategy.broadcast(not files.has(trainer.global_step, "val/loss")):
         trainer.validate(objective, datamodule=data, verbose=False)
+    metrics.logs_validation = False  # the headline, and no point of a curve
+    data.use_all_windows()
+    trainer.validate(objective, datamodule=data, verbose=False)
     if trainer.is_global_zero:
-        from routerlab.reports.html import write_report  # a second of imports, not at the start
-
         run.write_json("summary.json", summarize(cfg, run, data, objective, metrics, trainer))
         if cfg.trace_sequences:
             _record(cfg, run, data, objective)
         run.set_status("done")
-        write_report(run.path)
+        _report(run)
+
+
+def _close_failed(run: RunDirectory, error: BaseException) -> None:
+    """Keeps the reason in the status and the report, and tells how to go on."""
+    checkpoint, _ = run.newest_checkpoint()
+    folders = "".join(f"--config-dir {path} " for path in user_dirs())
+    error.add_note(f"last good checkpoint: {checkpoint or 'none yet'}")
+    error.add_note(f"go on with: routerlab train {folders}resume={run.path}")
+    if is_main_process():
+        run.set_status("preempted" if isinstance(error, SIGTERMException) else "failed", error)
+        with contextlib.suppress(Exception):  # the error itself matters more than its report
+            _report(run)
+
+
+def _report(run: RunDirectory) -> None:
+    from routerlab.reports.html import write_report  # a second of imports, not at the start
+
+    write_report(run.path)
 
 
 def _start(run: RunDirectory, files: MetricsFiles) -> str | None:
     """The checkpoint to go on from; what was logged after it is forgotten."""
-    for scratch in (run.path / "checkpoints").glob("*.tmp"):
-        scratch.unlink()
     checkpoint, broken = run.newest_checkpoint()
-    for path in broken:
-        print(f"warning: {path.name} is truncated; falling back to {checkpoint or 'the start'}")
-        path.rename(path.with_suffix(".truncated"))
+    if is_main_process():
+        for scratch in (run.path / "checkpoints").glob("*.tmp"):
+            scratch.unlink()
+        for path in broken:
+            print(f"warning: {path.name} is truncated; falling back to {checkpoint or 'the start'}")
+            path.rename(path.with_suffix(".truncated"))
     files.rewind(0 if checkpoint is None else int(checkpoint.stem.removeprefix("step_")))
     return None if checkpoint is None else str(checkpoint)
 
@@ -121,6 +147,18 @@ def _resumed(
         )
     wanted.resume = None
     return run, wanted, [*run.overrides, *words]
+
+
+def _check_corpus(run: RunDirectory, data: Any) -> None:
+    """Refuses to go on with other text than the newest checkpoint was trained on."""
+    path, _ = run.newest_checkpoint()
+    if path is None:
+        return
+    was = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["corpus"]
+    if changed := differences(was, assemble.corpus_identity(data)):
+        raise ConfigError(
+            "data: not the text that the run was trained on:\n  " + "\n  ".join(changed)
+        )
 
 
 def _saved_config(run: RunDirectory) -> Any:
@@ -151,7 +189,8 @@ def _loggers(cfg: DictConfig, run: RunDirectory) -> list[Any]:
 
 def _world_size(cfg: DictConfig) -> int:
     devices = cfg.trainer.devices
-    return (devices if isinstance(devices, int) else 1) * cfg.trainer.get("num_nodes", 1)
+    count = devices if isinstance(devices, int) else 1 if devices == "auto" else len(devices)
+    return count * cfg.trainer.get("num_nodes", 1)
 
 
 @torch.no_grad()
@@ -166,10 +205,9 @@ def _record(cfg: DictConfig, run: RunDirectory, data: Any, objective: RoutedObje
     trace.save(run.path / "traces" / "validation.safetensors", found)
 
 
-def _finish_wandb() -> None:
-    import sys
-
+def _finish_wandb(run: RunDirectory) -> None:
     if "wandb" in sys.modules:  # else the next job of a sweep would write into this one's run
         import wandb
 
-        wandb.finish()
+        done = (run.read_json("status.json") or {}).get("state") == "done"
+        wandb.finish(exit_code=0 if done else 1)

@@ -33,23 +33,32 @@ class Checkpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Saves a due step; on SIGTERM any step, since lightning stops right after it."""
+        super().on_train_batch_end(trainer, *args, **kwargs)
+        if trainer.received_sigterm:
+            self._save_now(trainer)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves the last step, if it was not saved on its own account."""
+        """Saves the last step."""
+        self._save_now(trainer)
+
+    def _save_now(self, trainer: pl.Trainer) -> None:
         if self._last_global_step_saved != trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class KeepConfig(pl.Callback):
-    """Puts the resolved config into every checkpoint, as plain containers."""
+    """Puts the resolved config and what text it is into every checkpoint, as plain containers."""
 
-    def __init__(self, cfg: DictConfig) -> None:
-        self.config = OmegaConf.to_container(cfg, resolve=True)
+    def __init__(self, cfg: DictConfig, corpus: dict[str, Any]) -> None:
+        self.config, self.corpus = OmegaConf.to_container(cfg, resolve=True), corpus
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds the config under ``config``."""
-        checkpoint["config"] = self.config
+        """Adds them under ``config`` and ``corpus``."""
+        checkpoint["config"], checkpoint["corpus"] = self.config, self.corpus
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -15,6 +15,7 @@ class Metrics(pl.Callback):
     """
 
     def __init__(self) -> None:
+        self.logs_validation = True
         self.train_seconds = 0.0
         self.tokens = 0
         self._since = (0, 0.0)  # tokens, seconds at the last log
@@ -58,7 +59,8 @@ class Metrics(pl.Callback):
         assert isinstance(pl_module, RoutedObjective)
         scalars, distributions = pl_module.validation_result
         files = [logger for logger in trainer.loggers if isinstance(logger, MetricsFiles)]
-        if not any(f.has(trainer.global_step, "val/loss") for f in files):  # else: of a restart
+        known = any(file.has(trainer.global_step, "val/loss") for file in files)  # of a restart
+        if self.logs_validation and not known:
             self._log(trainer, scalars, distributions)
 
     def _log(self, trainer: pl.Trainer, scalars: dict[str, float], distributions: dict) -> None:
