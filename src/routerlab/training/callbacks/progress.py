@@ -77,7 +77,7 @@ class ProgressDisplay(pl.Callback):
         """Prints the validation result on a line of its own."""
         assert isinstance(pl_module, RoutedObjective)
         scalars, _ = pl_module.validation_result
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and trainer.state.fn == "fit":  # the headline comes after it
             bits = f"validation {scalars['val/bits_per_byte']:.3f} bits per byte"
             line = f"step {trainer.global_step}  {bits}{_routing(scalars, 'val/router')}"
             self.console.print(line, highlight=False)
