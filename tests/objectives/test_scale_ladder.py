@@ -51,7 +51,7 @@ def take_step(
     }
 
 
-def same(got: Result, expected: Result) -> None:
+def check_same(got: Result, expected: Result) -> None:
     for kind in ("terms", "scalars"):
         assert got[kind] == pytest.approx(expected[kind], rel=1e-10, abs=1e-12)
     for name, gradient in expected["gradients"].items():
@@ -117,15 +117,15 @@ def test_one_micro_batch_is_the_formula(whole: dict[str, Result], scope: str) ->
 def test_micro_batches(
     whole: dict[str, Result], scope: str, micro_batches: int, recompute: bool
 ) -> None:
-    same(take_step(scope, micro_batches, recompute), whole[scope])
+    check_same(take_step(scope, micro_batches, recompute), whole[scope])
 
 
 def test_unequal_micro_batches(whole: dict[str, Result]) -> None:
-    same(take_step("global", 3), whole["global"])  # 3, 3 and 2 sequences
+    check_same(take_step("global", 3), whole["global"])  # 3, 3 and 2 sequences
 
 
 def test_without_padding() -> None:
-    same(take_step("global", 4, ragged=False), take_step("global", 1, ragged=False))
+    check_same(take_step("global", 4, ragged=False), take_step("global", 1, ragged=False))
 
 
 def test_the_ladder_can_fail() -> None:
@@ -183,4 +183,4 @@ def test_two_processes(whole: dict[str, Result], tmp_path: Path) -> None:
         assert a["terms"] == b["terms"]
         assert a["scalars"] == b["scalars"]
         for result in (a, b):
-            same(result, whole["global" if index < 2 else "sequence"])
+            check_same(result, whole["global" if index < 2 else "sequence"])

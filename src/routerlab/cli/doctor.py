@@ -138,18 +138,11 @@ CHECKS: dict[str, Callable[[], str]] = {
 def _objective(*overrides: str) -> Any:
     import torch
 
+    from routerlab.training.assemble import build_objective
     from routerlab.training.config import compose
-    from routerlab.training.instantiate import build, build_all, build_backbone
 
-    cfg = compose("backbone.d_model=64", "backbone.num_layers=2", *overrides)
     torch.manual_seed(0)
-    return build(
-        cfg.objective,
-        backbone=build_backbone(cfg),
-        optimizer=build(cfg.optimizer),
-        losses=build_all(cfg.get("loss")),
-        diagnostics=build_all(cfg.get("diagnostic")),
-    )
+    return build_objective(compose("backbone.d_model=64", "backbone.num_layers=2", *overrides))
 
 
 def _grad(parameter: Any) -> Any:

@@ -24,14 +24,14 @@ def build_data(cfg: DictConfig) -> Any:
     return data
 
 
-def build_objective(cfg: DictConfig, data: Any) -> RoutedObjective:
-    """The LightningModule of a config, for the labels and units of its data."""
-    check_fit(cfg, data.corpus.vocab_size)
-    counts = data.corpus.meta
-    per_token = [
-        b / t for b, t in zip(counts["bytes"]["val"], counts["tokens"]["val"], strict=True)
-    ]
-    domains = data.corpus.domains
+def build_objective(cfg: DictConfig, data: Any = None) -> RoutedObjective:
+    """The LightningModule of a config, for the labels and units of its data if there is any."""
+    domains = per_token = None
+    if data is not None:
+        check_fit(cfg, data.corpus.vocab_size)
+        domains = data.corpus.domains
+        held_out = [data.corpus.meta[unit]["val"] for unit in ("bytes", "tokens")]
+        per_token = [num_bytes / tokens for num_bytes, tokens in zip(*held_out, strict=True)]
     return build(
         cfg.objective,
         backbone=build_backbone(cfg),

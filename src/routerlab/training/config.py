@@ -76,17 +76,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def compose(*overrides: str, config_name: str = "train") -> "DictConfig":
     """The same config as the command line makes of these overrides."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    search = ",".join(f"file://{path}" for path in _user_dirs)
-    words = [*overrides, f"hydra.searchpath=[{search}]"] if search else list(overrides)
     try:
-        if GlobalHydra.instance().is_initialized():  # inside a running job
-            return hydra_compose(config_name, list(overrides))
-        with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-            return hydra_compose(config_name, words)
+        return _compose(config_name, overrides)
     except Exception as error:
         if (message := explain(error, overrides)) is not None:
             raise ConfigError(message) from error
@@ -120,26 +111,29 @@ def explain(error: Exception, overrides: Sequence[str]) -> str | None:
 
 def _known_keys(overrides: Sequence[str]) -> list[str]:
     """Dotted keys of the config with the group choices among ``overrides`` that compose."""
+    from omegaconf import OmegaConf
+
     choices = [word for word in overrides if re.match(r"^[a-z_]+=[\w\[\],]+$", word)]
     for words in (choices, []):
         try:
-            return [*_dotted(compose_quietly(words)), *_groups()]
+            plain = OmegaConf.to_container(_compose("train", words), resolve=False)
+            return [*_dotted(plain), *_groups()]
         except Exception:  # one of the choices is itself wrong: describe the default config
             continue
     return _groups()
 
 
-def compose_quietly(words: Sequence[str]) -> Any:
-    """The config without interpolation, for its keys alone."""
+def _compose(config_name: str, overrides: Sequence[str]) -> "DictConfig":
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
 
-    if GlobalHydra.instance().is_initialized():
-        return OmegaConf.to_container(hydra_compose("train", list(words)), resolve=False)
+    if GlobalHydra.instance().is_initialized():  # inside a running job
+        return hydra_compose(config_name, list(overrides))
+    search = ",".join(f"file://{path}" for path in _user_dirs)
+    more = [f"hydra.searchpath=[{search}]"] if search else []
     with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-        return OmegaConf.to_container(hydra_compose("train", list(words)), resolve=False)
+        return hydra_compose(config_name, [*overrides, *more])
 
 
 def _groups() -> list[str]:
