@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from rich.console import Console
 
 from routerlab.bench import contestants, layer
 from routerlab.bench.contestants import (
@@ -106,7 +107,11 @@ def test_rows_of_a_shape(dtype):
         assert row.ratio > 0
         assert row.peak_mib > row.saved_mib > 0
     assert min(row.to_transformers for row in rows if row.path.startswith("hf_")) == 1
-    assert table(rows).row_count == len(rows)
+    console = Console(width=80, record=True)
+    console.print(table(rows))
+    shown = console.export_text()
+    assert all(f"{row.ratio:.2f}" in shown or f"{row.ratio:.1f}" in shown for row in rows)
+    assert "…" not in shown  # nothing is cut in a terminal of 80 columns
 
 
 def test_what_a_path_cannot_do_is_said():

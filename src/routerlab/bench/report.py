@@ -8,53 +8,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 
 from routerlab.bench.layer import Row, Settings
 from routerlab.bench.step import LOG_EVERY, StepShare
 
-COLUMNS = (
-    "shape T,D,F,E,K",
-    "dtype",
-    "path",
-    "x dense",
-    "quartiles",
-    "x best HF",
-    "ms",
-    "peak MiB",
-    "x dense",
-    "saved MiB",
-)
+COLUMNS = ("", "x\ndense", "quartiles", "x\nHF", "ms", "peak\nMiB", "x\ndense", "saved\nMiB")
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The figures of all rows; a row without figures says why."""
-    found = Table(title="forward + backward of one layer", caption=_caption(rows))
+    """The figures of all rows, under a line for each shape and dtype, within 80 columns; a row
+    without figures says why below.
+    """
+    found = Table(
+        title="forward + backward of one layer; shapes are T,D,F,E,K",
+        caption=_caption(rows),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for index, column in enumerate(COLUMNS):
-        found.add_column(column, justify="left" if index < 3 else "right", no_wrap=index < 3)
+        found.add_column(column, justify="right" if index else "left", no_wrap=True)
     last = None
     for row in rows:
-        case = (row.shape, row.dtype)
-        if last is not None and case != last:
-            found.add_section()
-        names = ("", "") if case == last else case
-        last = case
+        if (row.shape, row.dtype) != last:
+            last = (row.shape, row.dtype)
+            found.add_row(f"[bold]{row.shape} {row.dtype}[/bold]")
         if row.status != "ok":
-            found.add_row(*names, row.path, "-", *["-"] * 6)
+            found.add_row(f"  {row.path}", *["-"] * 7)
             continue
         quartiles = "" if row.lower is None else f"{row.lower:.2f}-{row.upper:.2f}"
-        numbers = (row.to_transformers, row.milliseconds, row.peak_mib, row.peak_to_dense)
-        best, milliseconds, peak, peak_ratio = (_number(number) for number in numbers)
+        numbers = (row.milliseconds, row.peak_mib, row.peak_to_dense, row.saved_mib)
         found.add_row(
-            *names,
-            row.path,
+            f"  {row.path}",
             _number(row.ratio),
             quartiles,
-            best,
-            milliseconds,
-            peak,
-            peak_ratio,
-            _number(row.saved_mib),
+            _number(row.to_transformers),
+            *map(_number, numbers),
         )
     return found
 
