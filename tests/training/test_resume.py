@@ -182,3 +182,12 @@ def test_a_cache_elsewhere_is_the_same_run(train: Callable[..., Path], tmp_path:
     before = numbers(run)
     resume(run, f"paths.cache_dir={tmp_path}")
     assert numbers(run) == before
+
+
+def test_a_finished_run_can_be_extended(train: Callable[..., Path]) -> None:
+    run = train("name=longer")
+    before = numbers(run)
+    resume(run, "trainer.max_steps=6")
+    after = numbers(run)
+    assert after[: len(before)] == before
+    assert [row["step"] for row in after[len(before) :]] == ["5", "6", "6"]  # and its validation

@@ -13,9 +13,10 @@ class ExpertLoad:
     r"""Balance of the requested assignments c, counted before capacity drops, padding excluded.
 
     With load :math:`f = c / \sum c`: ``expert_load`` f [E]; ``load_cv`` population std / mean;
-    ``max_violation`` :math:`\max c / \bar c - 1` (Wang et al., arXiv 2408.15664); ``min_violation``
-    :math:`1 - \min c / \bar c`; ``load_entropy`` :math:`H(f) / \ln E`; ``effective_experts``
-    :math:`1 / \sum f^2`; ``dead_experts`` the number of experts with no assignment;
+    ``max_violation`` :math:`\max c / \bar c - 1` (Wang et al., arXiv 2408.15664) and, by analogy
+    (the name is ours), ``min_violation`` :math:`1 - \min c / \bar c`; ``load_entropy``
+    :math:`H(f) / \ln E`; ``effective_experts`` :math:`1 / \sum f^2`; ``dead_experts`` the number
+    of experts with no assignment;
     ``dropped_share`` the share of assignments lost to capacity.
     """
 
