@@ -109,7 +109,7 @@ def test_step_totals_of_one_record() -> None:
     totals = StepTotals.of(output, RoutingContext(3, 2, valid=valid))
     # sequences [1,1], [0,1], [0,0]: 3 tokens, and 2 sequences that hold one
     assert (totals.num_tokens, totals.num_sequences) == (3, 2)
-    assert torch.equal(totals.requests_per_expert, output.requests_per_expert)
+    assert torch.equal(totals.sums, output.requests_per_expert)
     totals = StepTotals.of(random_record(6, 3, 2), RoutingContext(3, 2))
     assert (totals.num_tokens, totals.num_sequences) == (6, 3)
 

@@ -209,12 +209,12 @@ def test_deepseek_moe_expert_loss_has_the_same_scale() -> None:  # F: L_Exp
 
 def test_global_needs_the_counts_of_the_step() -> None:
     totals = StepTotals(torch.tensor(4.0), torch.tensor(1.0))
-    assert LoadBalancingLoss(scope="global").needs_step_counts
-    with pytest.raises(ValueError, match=r"scope='global' needs totals.requests_per_expert"):
+    assert LoadBalancingLoss(scope="global").needs_step_sums
+    with pytest.raises(ValueError, match=r"scope='global' needs totals.sums"):
         LoadBalancingLoss(scope="global")(ex_a(), None, totals)
     for scope in ("micro_batch", "sequence"):
         loss = LoadBalancingLoss(scope=scope)
-        assert not loss.needs_step_counts
+        assert not loss.needs_step_sums
         assert float(loss(ex_a(), None, totals)) > 0
 
 

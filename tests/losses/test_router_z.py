@@ -61,5 +61,5 @@ def test_large_logits_stay_finite() -> None:
 
 
 def test_needs_no_counts() -> None:
-    assert not RouterZLoss(weight=0.5).needs_step_counts
+    assert not RouterZLoss(weight=0.5).needs_step_sums
     assert RouterZLoss(weight=0.5).weight == 0.5

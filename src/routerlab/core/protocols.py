@@ -1,7 +1,7 @@
 """What the rooms expect of each other. Classes satisfy these by shape; there is no base class."""
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,12 +16,46 @@ class Router(Protocol):
     Logits in float32 even under autocast, finite for finite input; a forward pass changes no state;
     permuting independent tokens permutes the result. A router that looks at other tokens of the
     batch (and so at the future) says ``causal = False``.
+
+    What else a router may have, found by name:
+
+    - ``causal_training``: False where only training looks at later tokens (``causal`` if absent);
+    - ``order_dependent``: True where the place in the batch matters (queues, draws by place);
+    - ``top_k``: experts a token has, where that is fixed (or, as a float, their mean);
+    - ``update(requests_per_expert, proposal)``: called once after each optimizer step with the
+      step's counts [E] and the mean of the records' ``proposal``; all state changes happen there.
     """
 
     num_experts: int
     causal: bool
 
     def __call__(self, x: Float[Tensor, "T D"], context: RoutingContext | None) -> RouterOutput: ...
+
+
+@runtime_checkable
+class Balancer(Protocol):
+    """A bias on the scores by which experts are picked, learned from load and without gradient.
+
+    The bias changes which experts are picked and never a combine weight.
+    """
+
+    causal: bool
+    causal_training: bool
+
+    def __call__(
+        self,
+        scores: Float[Tensor, "T E"],
+        top_k: int,
+        context: RoutingContext | None = None,
+    ) -> tuple[Tensor, Float[Tensor, "E"]]:
+        """The bias to add to detached scores ([E], or [T, E] where tokens come one by one), and the
+        bias that this micro-batch proposes to keep.
+        """
+        ...
+
+    def update(self, requests_per_expert: Int[Tensor, "E"], proposal: Float[Tensor, "E"]) -> None:
+        """Once after the optimizer step, with its counts and the mean of its proposals."""
+        ...
 
 
 @runtime_checkable
@@ -60,10 +94,14 @@ class AuxLoss(Protocol):
 
     The value is this micro-batch's *share*: the shares of all micro-batches and ranks of an
     optimizer step add up to the loss of the step. Without ``totals`` the record is the whole step.
+
+    A loss that is not linear in sums over tokens says ``needs_step_sums = True`` and has
+    ``step_sums(output, context) -> Float[P]``: the sums of one record, which come back in
+    ``totals.sums`` added over the step (see `losses.share`).
     """
 
     weight: float
-    needs_step_counts: bool  # True: ``totals.requests_per_expert`` must be known before backward
+    needs_step_sums: bool
 
     def __call__(
         self,
@@ -71,6 +109,21 @@ class AuxLoss(Protocol):
         context: RoutingContext | None = None,
         totals: StepTotals | None = None,
     ) -> Float[Tensor, ""]: ...
+
+
+@runtime_checkable
+class LayerLoss(Protocol):
+    """One layer's weights to a scalar, once an optimizer step: no token is looked at."""
+
+    weight: float
+
+    def of_layer(
+        self, layer: Any, context: RoutingContext | None = None
+    ) -> Float[Tensor, ""]:
+        """The loss of a layer with ``router`` and ``experts`` (a `MoE`). Noise is drawn from
+        ``context.seed`` and is the same on all ranks.
+        """
+        ...
 
 
 @runtime_checkable

@@ -23,7 +23,9 @@ class RoutingContext:
     noise_level: Float[Tensor, "B"] | None = None  # diffusion
     sequence_embedding: Float[Tensor, "B D"] | None = None
     progress: float = 0.0  # share of training done, in [0, 1]
+    token_ids: Int[Tensor, "T"] | None = None  # vocabulary ids, for routers that hash them
     seed: int = 0  # of run seed, step, micro-batch and rank
+    step_seed: int = 0  # of run seed and step: equal in all micro-batches and on all ranks
     layer: int = 0
 
     def at_layer(self, layer: int) -> "RoutingContext":
@@ -33,6 +35,10 @@ class RoutingContext:
     def generator(self, device: torch.device) -> torch.Generator:
         """A fresh generator of (seed, layer): a recomputed forward pass draws the same numbers."""
         return torch.Generator(device).manual_seed(stable_seed(self.seed, self.layer))
+
+    def step_generator(self, device: torch.device) -> torch.Generator:
+        """The like of (step_seed, layer): one draw for all micro-batches and ranks of a step."""
+        return torch.Generator(device).manual_seed(stable_seed("step", self.step_seed, self.layer))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +52,9 @@ class RouterOutput:
     ``top_k`` is set when every token has exactly K assignments, stored token by token (N = T K).
     ``dropped_per_expert`` counts assignments lost to capacity, by the expert they asked for.
     ``log_prob`` is the log-probability of a sampled selection, for policy gradients.
+    ``selection_probs`` is each expert's chance to be picked under fresh noise (noisy top-k).
+    ``proposal`` is what this micro-batch proposes for the state that the router keeps between steps
+    (a bias, thresholds): after the optimizer step its mean goes to the router's ``update``.
     """
 
     router_logits: Float[Tensor, "T E"]
@@ -56,6 +65,8 @@ class RouterOutput:
     dropped_per_expert: Int[Tensor, "E"]
     top_k: int | None = None
     log_prob: Float[Tensor, "T"] | None = None
+    selection_probs: Float[Tensor, "T E"] | None = None
+    proposal: Float[Tensor, "P"] | None = None
     valid: Bool[Tensor, "T"] | None = None
 
     @classmethod
@@ -66,15 +77,22 @@ class RouterOutput:
         expert_indices: Int[Tensor, "T K"],
         combine_weights: Float[Tensor, "T K"],
         kept: Bool[Tensor, "T K"] | None = None,
-        log_prob: Float[Tensor, "T"] | None = None,
+        asked: Bool[Tensor, "T K"] | None = None,
         valid: Bool[Tensor, "T"] | None = None,
+        **extras: Tensor | None,
     ) -> "RouterOutput":
-        """The record of K picks a token; padding and picks outside ``kept`` (capacity) leave it."""
+        """The record of K picks a token. Padding leaves it, and so do picks outside ``asked`` (not
+        wanted after all) and outside ``kept`` (lost to capacity, and counted as such).
+
+        ``extras``: ``log_prob``, ``selection_probs``, ``proposal``.
+        """
         num_tokens, top_k = expert_indices.shape
         tokens = torch.arange(num_tokens, device=expert_indices.device)
         tokens = tokens[:, None].expand(num_tokens, top_k)
         dropped = router_logits.new_zeros(router_logits.shape[1], dtype=torch.long)
-        asked = None if valid is None else valid[:, None].expand_as(expert_indices)
+        if valid is not None:
+            real = valid[:, None].expand_as(expert_indices)
+            asked = real if asked is None else asked & real
         if kept is not None:
             lost = ~kept if asked is None else ~kept & asked
             dropped = count_experts(expert_indices[lost], router_logits.shape[1])
@@ -89,8 +107,8 @@ class RouterOutput:
             combine_weights=flat[2],
             dropped_per_expert=dropped,
             top_k=top_k if asked is None else None,
-            log_prob=log_prob,
             valid=valid,
+            **extras,
         )
 
     @classmethod
@@ -101,6 +119,7 @@ class RouterOutput:
         token_indices: Int[Tensor, "E C"],
         combine_weights: Float[Tensor, "E C"],
         valid: Bool[Tensor, "T"] | None = None,
+        **extras: Tensor | None,
     ) -> "RouterOutput":
         """The record of experts that each pick C tokens; picks of padding leave it."""
         experts = torch.arange(len(token_indices), device=token_indices.device)
@@ -108,7 +127,9 @@ class RouterOutput:
         kept = None if valid is None else valid[token_indices]
         flat = [p.reshape(-1) if kept is None else p[kept] for p in picks]
         dropped = router_logits.new_zeros(router_logits.shape[1], dtype=torch.long)
-        return cls(router_logits, router_probs, *flat, dropped_per_expert=dropped, valid=valid)
+        return cls(
+            router_logits, router_probs, *flat, dropped_per_expert=dropped, valid=valid, **extras
+        )
 
     @classmethod
     def from_dispatch_mask(
@@ -118,8 +139,8 @@ class RouterOutput:
         dispatch_mask: Bool[Tensor, "T E"],
         combine_weights: Float[Tensor, "T E"],
         dropped_per_expert: Int[Tensor, "E"] | None = None,
-        log_prob: Float[Tensor, "T"] | None = None,
         valid: Bool[Tensor, "T"] | None = None,
+        **extras: Tensor | None,
     ) -> "RouterOutput":
         """The record of any choice map, token by token, with any number of experts a token."""
         mask = dispatch_mask if valid is None else dispatch_mask & valid[:, None]
@@ -133,8 +154,8 @@ class RouterOutput:
             expert_indices=experts,
             combine_weights=combine_weights[tokens, experts],
             dropped_per_expert=dropped_per_expert,
-            log_prob=log_prob,
             valid=valid,
+            **extras,
         )
 
     @property
@@ -180,17 +201,23 @@ class StepTotals:
     """Sums over a whole optimizer step: all its micro-batches, on all ranks, padding excluded.
 
     A loss divides by these, so its value and gradient do not depend on how the step is cut.
+    ``sums`` are the ``step_sums`` of the loss at hand in one layer, where it has any.
     """
 
     num_tokens: Float[Tensor, ""]
     num_sequences: Float[Tensor, ""]
-    requests_per_expert: Int[Tensor, "E"] | None = None  # of one layer
+    sums: Float[Tensor, "P"] | None = None
 
     @classmethod
-    def of(cls, output: RouterOutput, context: RoutingContext | None = None) -> "StepTotals":
+    def of(
+        cls,
+        output: RouterOutput,
+        context: RoutingContext | None = None,
+        sums: Float[Tensor, "P"] | None = None,
+    ) -> "StepTotals":
         """The totals of a step that consists of this one record."""
         num_tokens, num_sequences = count_tokens(output, context)
-        return cls(num_tokens.clamp(min=1), num_sequences.clamp(min=1), output.requests_per_expert)
+        return cls(num_tokens.clamp(min=1), num_sequences.clamp(min=1), sums)
 
 
 def count_experts(expert_indices: Int[Tensor, "N"], num_experts: int) -> Int[Tensor, "E"]:

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from routerlab.core.checks import choice, within
 from routerlab.core.routing import RouterOutput, RoutingContext, StepTotals, count_experts
 
 
@@ -28,10 +29,16 @@ class LoadBalancingLoss(nn.Module):
 
     def __init__(self, weight: float = 0.01, scope: str = "global") -> None:
         super().__init__()
-        if scope not in ("micro_batch", "sequence", "global"):
-            raise ValueError(f"scope={scope!r}: must be 'micro_batch', 'sequence' or 'global'")
+        within("weight", weight, 0)
+        choice("scope", scope, ("micro_batch", "sequence", "global"))
         self.weight, self.scope = weight, scope
-        self.needs_step_counts = scope == "global"
+        self.needs_step_sums = scope == "global"
+
+    def step_sums(
+        self, output: RouterOutput, context: RoutingContext | None = None
+    ) -> Float[Tensor, "E"]:
+        """Requested assignments of each expert."""
+        return output.requests_per_expert.to(output.router_probs.dtype)
 
     def forward(
         self,
@@ -40,14 +47,13 @@ class LoadBalancingLoss(nn.Module):
         totals: StepTotals | None = None,
     ) -> Float[Tensor, ""]:
         """This record's share of the step's loss; without ``totals``, the loss of the record."""
-        totals = StepTotals.of(output, context) if totals is None else totals
+        if totals is None:
+            totals = StepTotals.of(output, context, self.step_sums(output, context))
         if self.scope == "sequence":
             return self._over_sequences(output, context) / totals.num_sequences
-        counts = output.requests_per_expert
-        if self.scope == "global":
-            if totals.requests_per_expert is None:
-                raise ValueError("scope='global' needs totals.requests_per_expert")
-            counts = totals.requests_per_expert
+        counts = totals.sums if self.scope == "global" else self.step_sums(output, context)
+        if counts is None:
+            raise ValueError("scope='global' needs totals.sums: the step's assignments by expert")
         load = counts / counts.sum().clamp(min=1)
         probs = output.without_padding(output.router_probs).sum(0) / totals.num_tokens
         return output.num_experts * (load * probs).sum()

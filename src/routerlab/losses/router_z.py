@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from routerlab.core.checks import within
 from routerlab.core.routing import RouterOutput, RoutingContext, StepTotals
 
 
@@ -13,10 +14,11 @@ class RouterZLoss(nn.Module):
     Taken on the raw logits that routing uses, padding excluded. Not shift-invariant, on purpose.
     """
 
-    needs_step_counts = False
+    needs_step_sums = False
 
     def __init__(self, weight: float = 1e-3) -> None:
         super().__init__()
+        within("weight", weight, 0)
         self.weight = weight
 
     def forward(
