@@ -44,7 +44,7 @@ def test_a_router_that_looks_ahead_leaks() -> None:
     # the test above can fail: with capacity, K=2, a later token can take an earlier one's slot
     router = partial(TokenChoice, top_k=2, init_std=1.0, capacity_factor=0.5)
     decoder, ids = tiny_decoder(router=router), tiny_batch(4)["input_ids"]
-    assert not decoder.layers[0].moe.router.causal
+    assert not decoder.layers[0].moe.router.causal_training
     plain, moved = decoder(ids).logits, []
     for token in range(VOCAB):
         other = ids.clone()
@@ -119,6 +119,7 @@ def test_count_parameters_by_hand(tie: bool) -> None:
     rest = attention + expert + EXPERTS * WIDTH + 2 * WIDTH  # + shared expert, gate, two norms: 392
     head = (1 if tie else 2) * VOCAB * WIDTH + WIDTH  # + the last norm
     expected = {"total": head + 2 * (rest + 4 * expert), "active": head + 2 * (rest + 2 * expert)}
+    expected["experts"] = 2 * EXPERTS
     assert decoder.count_parameters() == expected
 
 

@@ -106,10 +106,11 @@ def test_no_sentinels() -> None:
 def test_step_totals_of_one_record() -> None:
     valid = torch.tensor([True, True, False, True, False, False])
     output = random_record(6, 3, 2, valid=valid)
-    totals = StepTotals.of(output, RoutingContext(3, 2, valid=valid))
+    sums = torch.tensor([1.0, 2.0])
+    totals = StepTotals.of(output, RoutingContext(3, 2, valid=valid), sums)
     # sequences [1,1], [0,1], [0,0]: 3 tokens, and 2 sequences that hold one
     assert (totals.num_tokens, totals.num_sequences) == (3, 2)
-    assert torch.equal(totals.sums, output.requests_per_expert)
+    assert totals.sums is sums
     totals = StepTotals.of(random_record(6, 3, 2), RoutingContext(3, 2))
     assert (totals.num_tokens, totals.num_sequences) == (6, 3)
 

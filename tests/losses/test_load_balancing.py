@@ -22,7 +22,7 @@ def totals_of(records: list[RouterOutput]) -> StepTotals:
     return StepTotals(
         torch.tensor(float(sum(len(r.router_logits) for r in records))),
         torch.tensor(float(len(records))),
-        torch.stack([r.requests_per_expert for r in records]).sum(0),
+        torch.stack([r.requests_per_expert for r in records]).sum(0).double(),
     )
 
 
@@ -219,7 +219,7 @@ def test_global_needs_the_counts_of_the_step() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match=r"scope='step'.*'micro_batch', 'sequence' or 'global'"):
+    with pytest.raises(ValueError, match=r"scope='step'.*'micro_batch', 'sequence', 'global'"):
         LoadBalancingLoss(scope="step")
 
 

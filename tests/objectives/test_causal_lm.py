@@ -38,7 +38,7 @@ class LooksAround(TokenChoice):
         self.causal = False
 
 
-@pytest.mark.parametrize("router", [LooksAround, partial(TokenChoice, capacity_factor=1.0)])
+@pytest.mark.parametrize("router", [LooksAround, partial(TokenChoice, eval_capacity_factor=1.0)])
 def test_noncausal_routers_are_refused(router: Any) -> None:
     decoder = tiny_decoder(router=router)
     with pytest.raises(ValueError, match=r"layers\.0\.moe\.router .*allow_noncausal=true"):

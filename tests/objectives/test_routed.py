@@ -120,7 +120,7 @@ def test_layers_collapsed_on_different_experts_are_not_pooled() -> None:
     eye, context = torch.eye(4, dtype=torch.float64), RoutingContext(1, 6)
     records = {f"layers.{e:02d}.moe": record(eye[[e] * 6], [[e]] * 6) for e in range(4)}
     model = objective(tiny_decoder(), {"a": LoadBalancingLoss()})
-    counts = {layer: output.requests_per_expert for layer, output in records.items()}
+    counts = {("a", layer): output.requests_per_expert.double() for layer, output in records.items()}
     totals = StepTotals(torch.tensor(6.0), torch.tensor(1.0))
     values = model.aux_losses(records, context, totals, counts)
     assert values["loss/a"].item() == pytest.approx(4)  # E/K in each layer; pooled: 1.0

@@ -40,7 +40,7 @@ def take_step(
     batch = {k: v.tensor_split(world_size())[rank()] for k, v in tiny_batch(8, ragged).items()}
     parts = split_batch(batch, micro_batches)
     contexts = [model.context(part, 0, i) for i, part in enumerate(parts)]
-    terms, sums = model.accumulate(parts, contexts, due=True)
+    terms, sums, _ = model.accumulate(parts, contexts, due=True)
     gradients = {name: all_reduce(p.grad) / world_size() for name, p in model.named_parameters()}
     scalars, distributions = flatten(sums.values(all_reduce), "router")
     return {

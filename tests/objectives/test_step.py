@@ -1,10 +1,18 @@
 """The pieces of a step and its sums."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from routerlab.core.routing import RoutingContext
-from routerlab.objectives.step import split_batch, step_totals, sum_counts, world_size
+from routerlab.objectives.step import (
+    split_batch,
+    state_sums,
+    step_totals,
+    sum_over_step,
+    world_size,
+)
 from tests.helpers.models import tiny_batch
 from tests.helpers.records import ex_a
 
@@ -39,9 +47,21 @@ def test_totals_are_divided_by_so_they_are_never_zero() -> None:
     assert (totals.num_tokens, totals.num_sequences, targets) == (1, 1, 1)
 
 
-def test_sum_counts() -> None:
-    counts = sum_counts([{"a": ex_a(), "b": ex_a()}, {"a": ex_a(), "b": ex_a()}])
-    assert {k: v.tolist() for k, v in counts.items()} == {"a": [6, 4, 4, 2], "b": [6, 4, 4, 2]}
+def test_sums_over_micro_batches() -> None:
+    parts = [{("a", "l"): torch.tensor([1, 2]), ("b", "l"): torch.tensor([0.5])}] * 2
+    parts.append({("a", "l"): torch.tensor([1, 0]), ("b", "l"): torch.tensor([2.0])})
+    found = sum_over_step(parts)
+    assert {k: v.tolist() for k, v in found.items()} == {("a", "l"): [3, 4], ("b", "l"): [3.0]}
+    assert sum_over_step(parts, mean=True)["b", "l"].tolist() == [1.0]
+    assert sum_over_step([{}, {}]) == {}
+
+
+def test_only_records_with_a_proposal_have_state() -> None:
+    output = ex_a()
+    assert state_sums({"l": output}) == {}
+    told = state_sums({"l": replace(output, proposal=torch.tensor([1.0, 2.0]))})
+    assert told["requests", "l"].tolist() == [3, 2, 2, 1]
+    assert told["proposal", "l"].tolist() == [1.0, 2.0]
 
 
 def test_one_process_by_default() -> None:

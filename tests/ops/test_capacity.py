@@ -39,7 +39,7 @@ def test_token_drop_example() -> None:
 def test_padding_takes_no_slot() -> None:
     picks = torch.tensor([[0], [0], [0], [1]])
     valid = torch.tensor([False, True, True, True])
-    assert within_capacity(picks, 1, valid).tolist() == [[False], [True], [False], [True]]
+    assert within_capacity(picks, 1, valid[:, None]).tolist() == [[False], [True], [False], [True]]
     assert within_capacity(picks, 1).tolist() == [[True], [False], [False], [True]]
 
 
@@ -59,4 +59,4 @@ def test_equals_the_loop(data: st.DataObject) -> None:
             if valid[token] and free[expert] > 0:
                 free[expert] -= 1
                 expected[token, choice] = True
-    assert torch.equal(within_capacity(picks, capacity, valid), expected)
+    assert torch.equal(within_capacity(picks, capacity, valid[:, None].expand_as(picks)), expected)

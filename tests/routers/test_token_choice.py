@@ -283,7 +283,10 @@ def test_capacity_with_second_choices_looks_ahead_and_says_so(top_k: int, causal
     router = router_of_logits(4, top_k=top_k, normalize_weights=top_k > 1, capacity_factor=1.0)
     past = [router(logits.double()).dispatch_mask[:2] for logits in (calm, busy)]
     assert torch.equal(*past) is causal
-    assert router.causal is causal
+    assert router.causal_training is causal
+    assert router.causal  # evaluation is dropless ...
+    knobs = {"top_k": top_k, "normalize_weights": top_k > 1, "eval_capacity_factor": 1.0}
+    assert router_of_logits(4, **knobs).causal is causal  # ... unless it has a capacity, too
 
 
 # -- jitter ---------------------------------------------------------------------------------------
@@ -318,8 +321,8 @@ def test_jitter_needs_a_context() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"top_k": 0}, ["top_k=0", "1", "num_experts=4"]),
-        ({"top_k": 5}, ["top_k=5", "1", "num_experts=4"]),
+        ({"top_k": 0}, ["top_k=0", "at least 1", "at most 4"]),
+        ({"top_k": 5}, ["top_k=5", "at least 1", "at most 4"]),
         ({"score_fn": "relu"}, ["score_fn='relu'", "'softmax'", "'sigmoid'"]),
         ({"order": "last"}, ["order='last'", "'score_first'", "'top_k_first'"]),
         ({"order": "top_k_first", "score_fn": "sigmoid"}, ["top_k_first", "'sigmoid'", "softmax"]),

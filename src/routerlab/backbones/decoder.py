@@ -39,7 +39,8 @@ class Decoder(nn.Module):
         num_layers: L.
         num_heads, num_kv_heads: query heads, and key-value heads, which must divide them.
         d_ff: F, hidden width of one expert.
-        num_experts, num_shared_experts: routed, and always-on experts of a layer.
+        num_experts: E, routed experts: of every layer, or a list with one number a layer.
+        num_shared_experts: always-on experts of a layer.
         max_positions: longest sequence.
         qk_norm: RMSNorm on each head's queries and keys.
         tie_embeddings: the output head is the embedding.
@@ -62,7 +63,7 @@ class Decoder(nn.Module):
         num_heads: int,
         num_kv_heads: int,
         d_ff: int,
-        num_experts: int,
+        num_experts: int | list[int],
         max_positions: int,
         num_shared_experts: int = 0,
         qk_norm: bool = False,
@@ -80,6 +81,9 @@ class Decoder(nn.Module):
         if rms_norm_eps <= 0 or rope_theta <= 0:
             raise ValueError(f"{rms_norm_eps=}, {rope_theta=}: must be above 0")
         _check_widths(d_model, num_heads, num_kv_heads)
+        experts_of = [num_experts] * num_layers if isinstance(num_experts, int) else num_experts
+        if len(experts_of) != num_layers:
+            raise ValueError(f"num_experts={num_experts}: one number for each of {num_layers=}")
         self.vocab_size, self.max_positions = vocab_size, max_positions
         self.activation_checkpointing = activation_checkpointing
         head_dim = d_model // num_heads
@@ -87,11 +91,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             Block(
                 Attention(d_model, num_heads, num_kv_heads, qk_norm, rms_norm_eps),
-                MoE(d_model, d_ff, num_experts, router, experts, num_shared_experts, dispatch),
+                MoE(d_model, d_ff, count, router, experts, num_shared_experts, dispatch),
                 d_model,
                 rms_norm_eps,
             )
-            for _ in range(num_layers)
+            for count in experts_of
         )
         self.norm = nn.RMSNorm(d_model, eps=rms_norm_eps)
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
@@ -132,9 +136,16 @@ class Decoder(nn.Module):
                 x, router_outputs[name] = block(*args)
         return BackboneOutput(self.lm_head(self.norm(x)), router_outputs)
 
+    @property
+    def moe_layers(self) -> dict[str, Any]:
+        """The MoE of each layer, by the name that its record has."""
+        blocks = zip(self.layer_names, self.layers, strict=True)
+        return {name: block.moe for name, block in blocks}
+
     def count_parameters(self) -> dict[str, int]:
         """``total`` parameters, and those ``active`` for one token: K of E experts a layer, or all
-        of them where the router has no fixed ``top_k``. A tied head counts once.
+        of them where the router has no fixed ``top_k``. A tied head counts once. ``experts`` is the
+        number of routed experts in all layers.
         """
         total = sum(p.numel() for p in self.parameters())
         idle = 0.0
@@ -143,7 +154,8 @@ class Decoder(nn.Module):
             num_experts = moe.experts.num_experts
             picked = getattr(moe.router, "top_k", num_experts)
             idle += sum(p.numel() for p in moe.experts.parameters()) * (1 - picked / num_experts)
-        return {"total": total, "active": round(total - idle)}
+        experts = sum(moe.experts.num_experts for moe in self.moe_layers.values())
+        return {"total": total, "active": round(total - idle), "experts": experts}
 
 
 class Block(nn.Module):

@@ -136,7 +136,7 @@ class _Work:
         def run() -> object:
             self.backbone.zero_grad(set_to_none=True)
             context = objective.context(self.batch, 0, 0)
-            terms, sums = objective.accumulate([self.batch], [context], due)
+            terms, sums, _ = objective.accumulate([self.batch], [context], due)
             return terms, flatten(sums.values(), "router")
 
         return run

@@ -97,7 +97,7 @@ def check_micro_batches() -> str:
         batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
         parts = split_batch(batch, pieces)
         contexts = [objective.context(part, 0, i) for i, part in enumerate(parts)]
-        terms, _ = objective.accumulate(parts, contexts, due=False)
+        terms, *_ = objective.accumulate(parts, contexts, due=False)
         grads = torch.cat([_grad(p).flatten() for p in objective.parameters()])
         found.append((terms["loss"], grads))
     (one, g1), (four, g4) = found
@@ -118,7 +118,8 @@ def check_learning() -> str:
     losses, layers = [], {}
     for step in range(60):
         optimizer.zero_grad()
-        terms, sums = objective.accumulate([batch], [objective.context(batch, step, 0)], due=True)
+        context = objective.context(batch, step, 0)
+        terms, sums, _ = objective.accumulate([batch], [context], due=True)
         optimizer.step()
         losses.append(terms["task"])
         layers = sums.values()

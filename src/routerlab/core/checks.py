@@ -12,14 +12,14 @@ def choice(field: str, value: object, allowed: Sequence[object]) -> None:
 
 def within(
     field: str,
-    value: float,
-    low: float = -math.inf,
-    high: float = math.inf,
+    value: int | float,
+    low: int | float = -math.inf,
+    high: int | float = math.inf,
     *,
     above: bool = False,
     below: bool = False,
 ) -> None:
-    """``value`` is finite and from ``low`` to ``high``; ``above`` and ``below`` exclude the ends."""
+    """``value`` is finite, from ``low`` to ``high``; ``above`` and ``below`` exclude the ends."""
     fits = (value > low if above else value >= low) and (value < high if below else value <= high)
     if not (fits and math.isfinite(value)):
         ends = []

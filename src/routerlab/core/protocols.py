@@ -117,12 +117,27 @@ class LayerLoss(Protocol):
 
     weight: float
 
-    def of_layer(
-        self, layer: Any, context: RoutingContext | None = None
-    ) -> Float[Tensor, ""]:
+    def of_layer(self, layer: Any, context: RoutingContext | None = None) -> Float[Tensor, ""]:
         """The loss of a layer with ``router`` and ``experts`` (a `MoE`). Noise is drawn from
         ``context.seed`` and is the same on all ranks.
         """
+        ...
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """A value that follows training progress, and what it sets: ``loss.<name>.<attribute>``,
+    ``router.<attribute>`` or ``balancer.<attribute>`` (of every layer).
+    """
+
+    target: str
+
+    def at(self, progress: float) -> float:
+        """The value when a share ``progress`` (0 to 1) of training is done."""
+        ...
+
+    def extremes(self) -> list[float]:
+        """The values between which it moves."""
         ...
 
 

@@ -1,7 +1,7 @@
 """The load-balancing loss: 1 when experts share the work, E/K when K of them do it all."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from routerlab.core.checks import choice, within
@@ -50,7 +50,8 @@ class LoadBalancingLoss(nn.Module):
         if totals is None:
             totals = StepTotals.of(output, context, self.step_sums(output, context))
         if self.scope == "sequence":
-            return self._over_sequences(output, context) / totals.num_sequences
+            picks = output.token_indices, output.expert_indices
+            return over_sequences(output, context, *picks) / totals.num_sequences
         counts = totals.sums if self.scope == "global" else self.step_sums(output, context)
         if counts is None:
             raise ValueError("scope='global' needs totals.sums: the step's assignments by expert")
@@ -58,17 +59,26 @@ class LoadBalancingLoss(nn.Module):
         probs = output.without_padding(output.router_probs).sum(0) / totals.num_tokens
         return output.num_experts * (load * probs).sum()
 
-    def _over_sequences(self, output: RouterOutput, context: RoutingContext | None) -> Tensor:
-        num_sequences = 1 if context is None else context.batch_size
-        num_experts, probs = output.num_experts, output.router_probs
-        length = len(probs) // num_sequences
-        cell = (output.token_indices // length) * num_experts + output.expert_indices
-        counts = count_experts(cell, num_sequences * num_experts).view(num_sequences, num_experts)
-        load = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        if output.valid is not None:
-            probs = torch.where(output.valid[:, None], probs, 0.0)
-            tokens = output.valid.view(num_sequences, length).sum(1).clamp(min=1)
-        else:
-            tokens = torch.full((num_sequences,), length, device=probs.device)
-        means = probs.view(num_sequences, length, num_experts).sum(1) / tokens[:, None]
-        return num_experts * (load * means).sum()
+
+def over_sequences(
+    output: RouterOutput,
+    context: RoutingContext | None,
+    token_indices: Int[Tensor, "N"],
+    expert_indices: Int[Tensor, "N"],
+) -> Float[Tensor, ""]:
+    r"""The sum over sequences of :math:`E \sum_i f_i P_i`, with f from the given picks of real
+    tokens. Without a context there is one sequence.
+    """
+    num_sequences = 1 if context is None else context.batch_size
+    num_experts, probs = output.num_experts, output.router_probs
+    length = len(probs) // num_sequences
+    cell = (token_indices // length) * num_experts + expert_indices
+    counts = count_experts(cell, num_sequences * num_experts).view(num_sequences, num_experts)
+    load = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    if output.valid is not None:
+        probs = torch.where(output.valid[:, None], probs, 0.0)
+        tokens = output.valid.view(num_sequences, length).sum(1).clamp(min=1)
+    else:
+        tokens = torch.full((num_sequences,), length, device=probs.device)
+    means = probs.view(num_sequences, length, num_experts).sum(1) / tokens[:, None]
+    return num_experts * (load * means).sum()

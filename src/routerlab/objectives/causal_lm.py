@@ -12,8 +12,11 @@ from routerlab.objectives.routed import Batch, RoutedObjective
 class CausalLM(RoutedObjective):
     """Cross-entropy of the next token: ``labels[b, s]`` follows ``input_ids[b, s]``; -100 is none.
 
-    Routers that look across tokens (``causal = False``) leak the future into the prediction and
-    are refused, unless ``allow_noncausal``. The other arguments are those of `RoutedObjective`.
+    Routers that look across tokens in evaluation (``causal = False``) leak the future into the
+    prediction: their numbers are not those of a language model. They are refused, unless
+    ``allow_noncausal``; summaries, tables and reports then mark the run. Those that look ahead in
+    training only are taken, and marked as well (see `looks_ahead`). The other arguments are those
+    of `RoutedObjective`.
     """
 
     def __init__(
@@ -26,7 +29,8 @@ class CausalLM(RoutedObjective):
         if leaking and not allow_noncausal:
             raise ValueError(
                 f"{leaking[0]} looks at other tokens (causal=False) and would leak the future; "
-                "choose another router, or set objective.allow_noncausal=true and mark the results"
+                "choose another router, or set objective.allow_noncausal=true: the results are "
+                "then marked as leaking"
             )
 
     def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -35,3 +39,15 @@ class CausalLM(RoutedObjective):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
         losses = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="none")
         return losses.view(labels.shape)
+
+
+def looks_ahead(backbone: nn.Module) -> str:
+    """Whether a token's routing depends on later tokens: ``no``, ``in training`` (evaluation is
+    clean) or ``in evaluation``, which makes its language-modelling numbers worthless.
+    """
+    modules = list(backbone.modules())
+    if not all(getattr(module, "causal", True) for module in modules):
+        return "in evaluation"
+    if not all(getattr(module, "causal_training", True) for module in modules):
+        return "in training"
+    return "no"

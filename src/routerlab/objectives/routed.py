@@ -10,22 +10,27 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from routerlab.core.checks import choice
 from routerlab.core.errors import NonFiniteLossError
-from routerlab.core.protocols import AuxLoss, Diagnostic
+from routerlab.core.protocols import AuxLoss, Diagnostic, LayerLoss, Schedule
 from routerlab.core.routing import RoutingContext, StepTotals
 from routerlab.core.seeding import stable_seed
 from routerlab.diagnostics.collection import DiagnosticSums, flatten
+from routerlab.objectives import sampling
 from routerlab.objectives.optimizer import OptimizerRecipe
+from routerlab.objectives.scheduled import Scheduled
 from routerlab.objectives.step import (
     Batch,
-    Counts,
     Records,
+    Sums,
     all_reduce,
     all_reduce_max,
+    loss_sums,
     rank,
     split_batch,
+    state_sums,
     step_totals,
-    sum_counts,
+    sum_over_step,
     world_size,
 )
 
@@ -38,19 +43,28 @@ class RoutedObjective(pl.LightningModule):
     All sums run over the whole step, whatever ``micro_batches`` and the number of ranks: those are
     knobs for memory and speed, not for results. The exceptions say so themselves: a capacity
     (its queue is the micro-batch's), noise (drawn for each micro-batch) and losses of scope
-    ``micro_batch``. Where a loss needs the step's expert counts before the first backward pass
-    (``needs_step_counts``), more than one micro-batch costs a forward pass without gradients to
-    count them; that is the price of exactness.
+    ``micro_batch``. Where a loss needs sums of the whole step before the first backward pass
+    (``needs_step_sums``), more than one micro-batch costs a forward pass without gradients to
+    take them; that is the price of exactness.
+
+    Routers that sample their choice learn by RLOO: each sequence is run ``num_samples`` times, and
+    the losses of these runs weigh the log-probabilities of their choices (`objectives.sampling`).
+    Routers that keep state between steps (biases, prices, thresholds) change it once, right after
+    the optimizer step.
 
     A subclass says what the task is: `task_loss`.
 
     Args:
         backbone: ``(input_ids, context) -> BackboneOutput``.
         optimizer: optimizer and learning-rate schedule.
-        losses, diagnostics: by name.
+        losses, diagnostics, schedules: by name.
         seed: of the run; what a router draws depends on it, the step, micro-batch and rank.
         micro_batches: pieces into which a rank's batch is cut.
-        gradient_clip_norm: largest norm of the gradient; null does not clip.
+        gradient_clip_norm: largest norm of the gradient; null does not clip. The policy gradient of
+            sampling routers is noisy, and clipped on its own.
+        num_samples: runs of each sequence in a step; null: 2 if a router samples, else 1.
+        credit: which losses a sampled choice answers for: ``sequence`` (all of its sequence's) or
+            ``reward_to_go`` (those at its position and after).
         log_every: diagnostics are computed on every n-th step.
         domains: names of the labels in ``batch["domain"]``.
         bytes_per_token: of each domain, to report bits per byte (in training: of their mean).
@@ -60,11 +74,14 @@ class RoutedObjective(pl.LightningModule):
         self,
         backbone: nn.Module,
         optimizer: OptimizerRecipe,
-        losses: Mapping[str, AuxLoss],
+        losses: Mapping[str, AuxLoss | LayerLoss],
         diagnostics: Mapping[str, Diagnostic],
+        schedules: Mapping[str, Schedule] | None = None,
         seed: int = 0,
         micro_batches: int = 1,
         gradient_clip_norm: float | None = 1.0,
+        num_samples: int | None = None,
+        credit: str = "sequence",
         log_every: int = 10,
         domains: list[str] | None = None,
         bytes_per_token: list[float] | None = None,
@@ -80,7 +97,12 @@ class RoutedObjective(pl.LightningModule):
             raise ValueError(f"bytes_per_token={bytes_per_token}: one for each of {domains}")
         self.backbone, self.recipe = backbone, optimizer
         self.losses, self.diagnostics = dict(losses), dict(diagnostics)
+        self.schedules = Scheduled(schedules or {}, self.losses, list(self._routers().values()))
+        self.policy = sampling.policy_parameters(self._routers().values())
+        self.num_samples = sampling.check_num_samples(num_samples, bool(self.policy))
+        choice("credit", credit, ("sequence", "reward_to_go"))
         self.seed, self.micro_batches, self.log_every = seed, micro_batches, log_every
+        self.credit = credit
         self.gradient_clip_norm = gradient_clip_norm
         self.domains = domains or ["all"]
         self.bytes_per_token = bytes_per_token or [1.0] * len(self.domains)
@@ -102,9 +124,11 @@ class RoutedObjective(pl.LightningModule):
         step, due = self.global_step, (self.global_step + 1) % self.log_every == 0
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
+        self.schedules.apply(self._progress(step))
         parts = split_batch(batch, self.micro_batches)
+        parts = [sampling.repeat(part, self.num_samples) for part in parts]
         contexts = [self.context(part, step, i) for i, part in enumerate(parts)]
-        terms, sums = self.accumulate(parts, contexts, due)
+        terms, sums, states = self.accumulate(parts, contexts, due)
         norm = self._clip()
         if not (math.isfinite(terms["loss"]) and math.isfinite(norm)):
             raise NonFiniteLossError(self._blame(parts, contexts, terms["loss"], norm))
@@ -112,6 +136,7 @@ class RoutedObjective(pl.LightningModule):
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
+        self.update_routers(states)
         result: dict[str, Any] = {"loss": torch.tensor(terms["loss"]), "due": due}
         if due:
             task = terms["task"]
@@ -125,32 +150,61 @@ class RoutedObjective(pl.LightningModule):
 
     def accumulate(
         self, parts: list[Batch], contexts: list[RoutingContext], due: bool
-    ) -> tuple[dict[str, float], DiagnosticSums]:
+    ) -> tuple[dict[str, float], DiagnosticSums, list[Sums]]:
         """Adds the gradient of the step to the parameters; returns the step's loss terms (equal on
-        all ranks) and, when ``due``, the diagnostic sums of this rank.
+        all ranks), when ``due`` the diagnostic sums of this rank, and what the micro-batches have
+        to say to routers that keep state.
         """
         targets = torch.stack([self.num_targets(part).sum() for part in parts]).sum()
         totals, num_targets = step_totals(contexts, targets)
-        counts = self.count_step(parts, contexts)
-        sums, terms = DiagnosticSums(self.diagnostics if due else {}), {}
+        step_sums = self.count_step(parts, contexts)
+        sums, states, terms = DiagnosticSums(self.diagnostics if due else {}), [], {}
         for index, (part, context) in enumerate(zip(parts, contexts, strict=True)):
             out = self.backbone(part["input_ids"], context)
-            if counts is None:  # one micro-batch: its own records tell
-                counts = sum_counts([out.router_outputs])
-            shares = {"task": self.task_loss(out.logits, part).sum() / num_targets}
-            shares |= self.aux_losses(out.router_outputs, context, totals, counts)
+            if step_sums is None:  # one micro-batch: its own records tell
+                step_sums = sum_over_step([loss_sums(self.losses, out.router_outputs, context)])
+            token_losses = self.task_loss(out.logits, part)
+            shares = {"task": token_losses.sum() / num_targets}
+            shares |= self.aux_losses(out.router_outputs, context, totals, step_sums)
+            if index == 0:
+                shares |= self.layer_losses(context)
             shares["loss"] = self.weigh(shares)
+            gradient_of = shares["loss"]
+            if self.policy:
+                gradient_of = gradient_of + sampling.surrogate(
+                    token_losses,
+                    self.num_targets(part),
+                    num_targets,
+                    out.router_outputs,
+                    self.num_samples,
+                    self.credit,
+                )
             with self._sync(last=index == len(parts) - 1):
                 # DDP averages gradients over ranks; shares are to be summed
-                self._backward(shares["loss"] * world_size())
+                self._backward(gradient_of * world_size())
             sums.add(out.router_outputs, context)
+            states.append(state_sums(out.router_outputs))
             for key, share in shares.items():
                 terms[key] = terms.get(key, 0.0) + share.detach()
         values = all_reduce(torch.stack(list(terms.values()))).tolist()
         terms = dict(zip(terms, values, strict=True))
         for name, loss in self.losses.items():
             terms[f"loss/{name}/weighted"] = terms[f"loss/{name}"] * loss.weight
-        return terms, sums
+        return terms, sums, states
+
+    @torch.no_grad()
+    def update_routers(self, states: list[Sums]) -> None:
+        """Moves the state of routers that keep any, by the counts and the mean proposal of the
+        step: after the optimizer step, and before any checkpoint of it.
+        """
+        if not any(states):
+            return
+        requests = [{k: v for k, v in part.items() if k[0] == "requests"} for part in states]
+        proposals = [{k: v for k, v in part.items() if k[0] == "proposal"} for part in states]
+        counts, means = sum_over_step(requests), sum_over_step(proposals, mean=True)
+        routers = self._routers()
+        for _, layer in counts:
+            routers[layer].update(counts["requests", layer].long(), means["proposal", layer])
 
     def weigh(self, shares: Mapping[str, Tensor]) -> Tensor:
         """The task loss plus the weighted auxiliary losses."""
@@ -164,44 +218,88 @@ class RoutedObjective(pl.LightningModule):
         router_outputs: Records,
         context: RoutingContext,
         totals: StepTotals,
-        counts: Counts,
+        step_sums: Sums,
     ) -> dict[str, Tensor]:
-        """This micro-batch's share of each loss: computed layer by layer, then averaged."""
+        """This micro-batch's share of each loss on records: layer by layer, then averaged."""
         values = {}
         for name, loss in self.losses.items():
+            if isinstance(loss, LayerLoss):
+                continue
             layers = [
-                loss(out, context, replace(totals, requests_per_expert=counts.get(layer)))
-                for layer, out in router_outputs.items()
+                loss(out, context.at_layer(i), replace(totals, sums=step_sums.get((name, layer))))
+                for i, (layer, out) in enumerate(router_outputs.items())
             ]
             values[f"loss/{name}"] = torch.stack(layers).mean()
         return values
 
+    def layer_losses(self, context: RoutingContext) -> dict[str, Tensor]:
+        """This rank's share of each loss on weights, averaged over layers."""
+        values = {}
+        for name, loss in self.losses.items():
+            if isinstance(loss, LayerLoss):
+                layers = enumerate(self.backbone.moe_layers.values())
+                found = [loss.of_layer(layer, context.at_layer(i)) for i, layer in layers]
+                values[f"loss/{name}"] = torch.stack(found).mean() / world_size()
+        return values
+
     @torch.no_grad()
-    def count_step(self, parts: list[Batch], contexts: list[RoutingContext]) -> Counts | None:
-        """Requests per expert of the whole step, by a forward pass without gradients; None where
-        the records of the only micro-batch will tell, empty where no loss asks.
+    def count_step(self, parts: list[Batch], contexts: list[RoutingContext]) -> Sums | None:
+        """Sums of the whole step that losses ask for, by a forward pass without gradients; None
+        where the records of the only micro-batch will tell, empty where no loss asks.
         """
-        if not any(loss.needs_step_counts for loss in self.losses.values()):
+        if not any(getattr(loss, "needs_step_sums", False) for loss in self.losses.values()):
             return {}
         if len(parts) == 1:
             return None
-        both = zip(parts, contexts, strict=True)
-        return sum_counts([self.backbone(p["input_ids"], c).router_outputs for p, c in both])
+        return sum_over_step(
+            [
+                loss_sums(self.losses, self.backbone(p["input_ids"], c).router_outputs, c)
+                for p, c in zip(parts, contexts, strict=True)
+            ]
+        )
+
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """Runs the model and all losses on a few tokens, so that losses and routers that do not go
+        together say so before any training.
+        """
+        ids = torch.arange(16, device=self.device).view(2, 8) % 2
+        batch = {"input_ids": ids, "labels": ids, "domain": torch.zeros_like(ids[:, 0])}
+        context = self.context(batch, 0, 0)
+        records = self.backbone(ids, context).router_outputs
+        totals, _ = step_totals([context], torch.tensor(ids.numel(), device=self.device))
+        step_sums = sum_over_step([loss_sums(self.losses, records, context)])
+        self.aux_losses(records, context, totals, step_sums)
+        self.layer_losses(context)
+        sums = DiagnosticSums(self.diagnostics)
+        sums.add(records, context)
+        flatten(sums.values(), "router")
 
     def context(self, batch: Batch, step: int, part: int) -> RoutingContext:
         """What routers may know of a micro-batch."""
         batch_size, length = batch["input_ids"].shape
         valid = batch.get("valid")
-        max_steps = self.trainer.max_steps if self._trainer is not None else 0
         return RoutingContext(
             batch_size=batch_size,
             sequence_length=length,
             valid=None if valid is None else valid.reshape(-1),
             domain_ids=batch.get("domain"),
             num_domains=len(self.domains),
-            progress=min(1.0, step / max_steps) if max_steps > 0 else 0.0,
+            token_ids=batch["input_ids"].reshape(-1),
+            progress=self._progress(step),
             seed=stable_seed(self.seed, step, part, rank()),
+            step_seed=stable_seed(self.seed, step),
         )
+
+    def _progress(self, step: int) -> float:
+        """The share of training that is done after ``step`` steps."""
+        max_steps = self.trainer.max_steps if self._trainer is not None else 0
+        return min(1.0, step / max_steps) if max_steps > 0 else 0.0
+
+    def _routers(self) -> dict[str, Any]:
+        """The router of each layer; none of a backbone that does not tell its layers."""
+        layers = getattr(self.backbone, "moe_layers", {})
+        return {name: layer.router for name, layer in layers.items()}
 
     # -- validation -----------------------------------------------------------------------------
 
@@ -254,7 +352,10 @@ class RoutedObjective(pl.LightningModule):
 
     def _clip(self) -> float:
         limit = math.inf if self.gradient_clip_norm is None else self.gradient_clip_norm
-        return float(nn.utils.clip_grad_norm_(self.parameters(), limit))
+        policy = {id(parameter) for parameter in self.policy}
+        rest = [parameter for parameter in self.parameters() if id(parameter) not in policy]
+        norms = [nn.utils.clip_grad_norm_(group, limit) for group in (self.policy, rest) if group]
+        return float(torch.stack(norms).norm())
 
     @torch.no_grad()
     def _blame(

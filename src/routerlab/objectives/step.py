@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from routerlab.core.protocols import AuxLoss, LayerLoss
 from routerlab.core.routing import RouterOutput, RoutingContext, StepTotals
 
 Batch = dict[str, Tensor]
 Records = Mapping[str, RouterOutput]  # layer -> record
-Counts = dict[str, Tensor]  # layer -> requests per expert
+Sums = dict[tuple[str, str], Tensor]  # (name of a loss or of a quantity, layer) -> sums
 
 
 def world_size() -> int:
@@ -68,11 +69,36 @@ def step_totals(
 
 
 @torch.no_grad()
-def sum_counts(records: Sequence[Records]) -> Counts:
-    """Requests per expert of each layer, over micro-batches and ranks, in one reduction."""
-    counts = [
-        torch.stack([record[layer].requests_per_expert for record in records]).sum(0)
-        for layer in records[0]
-    ]
-    flat = all_reduce(torch.cat(counts))
-    return dict(zip(records[0], flat.split([len(c) for c in counts]), strict=True))
+def sum_over_step(parts: Sequence[Sums], mean: bool = False) -> Sums:
+    """The sum (or mean) of each named tensor over micro-batches and ranks, in one reduction."""
+    if not parts or not parts[0]:
+        return {}
+    stacked = [torch.stack([part[key].double() for part in parts]).sum(0) for key in parts[0]]
+    flat = all_reduce(torch.cat([tensor.reshape(-1) for tensor in stacked]))
+    if mean:
+        flat = flat / (len(parts) * world_size())
+    split = flat.split([tensor.numel() for tensor in stacked])
+    shaped = [new.view_as(old) for new, old in zip(split, stacked, strict=True)]
+    return dict(zip(parts[0], shaped, strict=True))
+
+
+def loss_sums(
+    losses: Mapping[str, AuxLoss | LayerLoss], records: Records, context: RoutingContext
+) -> Sums:
+    """``step_sums`` of each loss that has any, in each layer."""
+    return {
+        (name, layer): loss.step_sums(output, context).detach()  # type: ignore[union-attr]
+        for name, loss in losses.items()
+        if getattr(loss, "needs_step_sums", False)
+        for layer, output in records.items()
+    }
+
+
+def state_sums(records: Records) -> Sums:
+    """What the routers that keep state between steps will be told of a micro-batch."""
+    sums: Sums = {}
+    for layer, output in records.items():
+        if output.proposal is not None:
+            sums["requests", layer] = output.requests_per_expert
+            sums["proposal", layer] = output.proposal.detach()
+    return sums

@@ -1,6 +1,7 @@
 """A config's data, objective and trainer, put together and checked against each other."""
 
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from routerlab.objectives.routed import RoutedObjective
+from routerlab.schedules.layerwise import LayerwiseExperts
 from routerlab.training.checks import check_fit
 from routerlab.training.config import ConfigError
 from routerlab.training.instantiate import build, build_all, build_backbone
@@ -38,6 +40,11 @@ def build_objective(cfg: DictConfig, data: Any = None) -> RoutedObjective:
         optimizer=build(cfg.optimizer),
         losses=build_all(cfg.get("loss")),
         diagnostics=build_all(cfg.get("diagnostic")),
+        schedules={
+            name: schedule
+            for name, schedule in build_all(cfg.get("schedule")).items()
+            if not isinstance(schedule, LayerwiseExperts)
+        },
         seed=cfg.seed,
         domains=domains,
         bytes_per_token=per_token,
@@ -77,6 +84,26 @@ def build_trainer(
 def corpus_identity(data: Any) -> dict[str, Any]:
     """What tells one corpus from another: domains, sources and sizes."""
     return {key: data.corpus.meta[key] for key in ("domains", "sources", "tokens", "bytes")}
+
+
+def check_schedules(cfg: DictConfig) -> None:
+    """Builds what a schedule moves with each extreme value, so that its constructor refuses what it
+    would refuse in a config.
+    """
+    for name, node in (cfg.get("schedule") or {}).items():
+        schedule = build(node)
+        if isinstance(schedule, LayerwiseExperts):
+            continue
+        room, *path = schedule.target.split(".")
+        *_, knob = path
+        for value in schedule.extremes():
+            wide = cfg.copy()
+            owner = wide.loss[path[0]] if room == "loss" else wide[room]
+            owner[knob] = math.floor(value + 0.5) if isinstance(owner[knob], int) else value
+            try:
+                build(owner) if room == "loss" else build_backbone(wide)
+            except ValueError as error:
+                raise ConfigError(f"schedule.{name}: {error}") from error
 
 
 def check_recipe(cfg: DictConfig, objective: RoutedObjective) -> None:

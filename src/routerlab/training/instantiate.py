@@ -11,6 +11,7 @@ from typing import Any, get_args
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from routerlab.schedules.layerwise import LayerwiseExperts
 from routerlab.training.config import ConfigError, compose, nearest, user_dirs
 
 _LIBRARIES = ("routerlab", "torch", "lightning", "transformers", "peft")
@@ -33,20 +34,42 @@ def partial(node: DictConfig) -> Callable[..., Any]:
 
 def build_router(name: str, **knobs: Any) -> nn.Module:
     """The router of ``configs/router/<name>.yaml`` with its knobs: ``d_model``, ``num_experts`` and
-    any that the file holds.
+    any that the file holds. It has the balancer that the file chooses, unless ``balancer`` is
+    given: None, a name in ``configs/balancer``, or a callable ``(num_experts=) -> Balancer``.
     """
-    node = compose(f"router={name}").router
-    target = _locate(node["_target_"])
+    cfg = compose(f"router={name}")
+    target = _locate(cfg.router["_target_"])
     unknown = [knob for knob in knobs if knob not in _parameters(target)]
     if unknown:
         hint = nearest(unknown[0], _parameters(target))
         raise ConfigError(f"router {name!r} has no knob {unknown[0]!r}; {hint}")
-    return build(node, **knobs)
+    if isinstance(knobs.get("balancer"), str):
+        knobs["balancer"] = partial(compose(f"balancer={knobs['balancer']}").balancer)
+    return with_balancer(cfg)(**knobs)
 
 
 def build_backbone(cfg: DictConfig) -> nn.Module:
     """The model of a composed config, freshly initialised."""
-    return build(cfg.backbone, router=partial(cfg.router), experts=partial(cfg.experts))
+    knobs: dict[str, Any] = {}
+    for schedule in build_all(cfg.get("schedule")).values():
+        if isinstance(schedule, LayerwiseExperts):
+            knobs["num_experts"] = schedule(cfg.backbone.num_layers)
+    return build(cfg.backbone, router=with_balancer(cfg), experts=partial(cfg.experts), **knobs)
+
+
+def with_balancer(cfg: DictConfig) -> Callable[..., Any]:
+    """The config's router, still to be called, with the config's balancer where it has one."""
+    router = partial(cfg.router)
+    if not cfg.get("balancer"):
+        return router
+    target = cfg.router["_target_"]
+    if "balancer" not in _parameters(_locate(target)):
+        name = cfg.balancer["_target_"].rsplit(".", 1)[-1]
+        raise ConfigError(
+            f"balancer {name}: {target.rsplit('.', 1)[-1]} balances in its own way, or not at all, "
+            "and takes no bias; use balancer=none, or router=token_choice"
+        )
+    return functools.partial(router, balancer=partial(cfg.balancer))
 
 
 def build_all(nodes: DictConfig | None) -> dict[str, Any]:

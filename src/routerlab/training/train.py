@@ -44,6 +44,8 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
     objective = assemble.build_objective(cfg, data)
     assemble.check_batch(cfg, _world_size(cfg))
     assemble.check_recipe(cfg, objective)
+    assemble.check_schedules(cfg)
+    objective.rehearse()
     if run is not None:
         _check_corpus(run, data)
     callbacks = build_all(cfg.get("callback"))

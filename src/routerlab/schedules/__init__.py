@@ -1,0 +1,1 @@
+"""A setting as a function of depth or of progress."""
