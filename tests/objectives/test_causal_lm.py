@@ -49,4 +49,4 @@ def test_noncausal_routers_are_refused(router: Any) -> None:
 def test_causal_routers_are_accepted() -> None:
     top_1 = partial(TokenChoice, top_k=1, normalize_weights=False, capacity_factor=1.0)
     for router in (TokenChoice, top_1):
-        assert objective(tiny_decoder(router=router), {}).losses == {}
+        assert objective(tiny_decoder(router=router), {}).losses.by_name == {}

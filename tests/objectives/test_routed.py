@@ -16,6 +16,7 @@ from routerlab.core.protocols import AuxLoss
 from routerlab.core.routing import RoutingContext, StepTotals
 from routerlab.losses.load_balancing import LoadBalancingLoss
 from routerlab.losses.router_z import RouterZLoss
+from routerlab.objectives.blame import blame
 from routerlab.objectives.causal_lm import CausalLM
 from routerlab.objectives.routed import RoutedObjective
 from routerlab.objectives.step import split_batch
@@ -120,9 +121,11 @@ def test_layers_collapsed_on_different_experts_are_not_pooled() -> None:
     eye, context = torch.eye(4, dtype=torch.float64), RoutingContext(1, 6)
     records = {f"layers.{e:02d}.moe": record(eye[[e] * 6], [[e]] * 6) for e in range(4)}
     model = objective(tiny_decoder(), {"a": LoadBalancingLoss()})
-    counts = {("a", layer): output.requests_per_expert.double() for layer, output in records.items()}
+    counts = {
+        ("a", layer): output.requests_per_expert.double() for layer, output in records.items()
+    }
     totals = StepTotals(torch.tensor(6.0), torch.tensor(1.0))
-    values = model.aux_losses(records, context, totals, counts)
+    values = model.losses.shares(records, context, totals, counts)
     assert values["loss/a"].item() == pytest.approx(4)  # E/K in each layer; pooled: 1.0
 
 
@@ -193,7 +196,7 @@ def test_blame_when_the_routers_are_fine() -> None:
     model.backbone.layers[1].moe.router.gate.weight.data *= 1e4
     model.backbone.lm_head.weight.data[0, 0] = torch.inf
     batch = tiny_batch(4)
-    message = model._blame([batch], [model.context(batch, 0, 0)], math.inf, math.nan)
+    message = blame(model.backbone, [batch], [model.context(batch, 0, 0)])
     assert "all router logits are finite, the largest" in message
     assert "layers.01.moe" in message
 
@@ -203,7 +206,7 @@ def test_blame_survives_a_micro_batch_of_padding() -> None:
     batch["valid"][1] = False
     parts = split_batch(batch, 2)
     contexts = [model.context(part, 0, i) for i, part in enumerate(parts)]
-    assert "layers." in model._blame(parts, contexts, math.nan, 1.0)
+    assert "layers." in blame(model.backbone, parts, contexts)
 
 
 # -- context --------------------------------------------------------------------------------------

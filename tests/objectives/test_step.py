@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from routerlab.core.routing import RoutingContext
+from routerlab.objectives.router_state import state_sums
 from routerlab.objectives.step import (
     split_batch,
-    state_sums,
     step_totals,
     sum_over_step,
     world_size,

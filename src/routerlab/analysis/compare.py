@@ -14,8 +14,10 @@ _NOT_RESULTS = ("run_dir", "resume", "paths.", "logger.", "callback.")
 
 
 def compare(paths: Iterable[str | Path]) -> "pd.DataFrame":
-    """One row a run, by directory name: its state, the config keys in which the runs differ, and
-    its headline numbers (validation, load and entropy means, speed, parameters).
+    """One row a run, by directory name: its state, the config keys in which the runs differ,
+    whether its routing looks at later tokens (``looks_ahead``: a run that does so in evaluation
+    leaks the future), and its headline numbers (validation, load and entropy means, speed,
+    parameters).
 
     A run without a summary (still running, or failed) has its state and config, and no numbers.
     """
@@ -38,7 +40,7 @@ def compare(paths: Iterable[str | Path]) -> "pd.DataFrame":
 
 def _headline(path: Path) -> dict[str, Any]:
     summary, status = _json(path / "summary.json"), _json(path / "status.json")
-    row: dict[str, Any] = {"state": status.get("state")}
+    row: dict[str, Any] = {"state": status.get("state"), "looks_ahead": summary.get("looks_ahead")}
     row |= {f"val/{k}": v for k, v in summary.get("val", {}).items() if not isinstance(v, dict)}
     layers = summary.get("layers", [])
     for key in layers[0] if layers else ():

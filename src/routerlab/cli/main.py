@@ -13,7 +13,12 @@ COMMANDS = {
     "train": ("routerlab.cli.train", "train a run, or go on with one (resume=DIR)"),
     "eval": ("routerlab.cli.evaluate", "validate the newest checkpoint of a run (run=DIR)"),
     "routers": ("routerlab.cli.routers", "list the routers"),
-    "bench": ("routerlab.bench.command", "measure the MoE layer against a dense one"),
+    "certify": ("routerlab.certify.command", "check a router against its contract (router=NAME)"),
+    "audit-loss": (
+        "routerlab.cli.audit_loss",
+        "what other frameworks' balancing losses say of a routing",
+    ),
+    "bench": ("routerlab.bench.command", "measure the MoE layer, or the routers"),
     "doctor": ("routerlab.cli.doctor", "look at this machine and run a self-test"),
 }
 
@@ -35,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command named by the first word; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
-        lines = [f"  {name:<9}{about}" for name, (_, about) in COMMANDS.items()]
+        lines = [f"  {name:<12}{about}" for name, (_, about) in COMMANDS.items()]
         print(_HELP.format(commands="\n".join(lines)), end="")
         return 0
     command, *rest = words

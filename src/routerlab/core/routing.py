@@ -128,7 +128,13 @@ class RouterOutput:
         flat = [p.reshape(-1) if kept is None else p[kept] for p in picks]
         dropped = router_logits.new_zeros(router_logits.shape[1], dtype=torch.long)
         return cls(
-            router_logits, router_probs, *flat, dropped_per_expert=dropped, valid=valid, **extras
+            router_logits,
+            router_probs,
+            *flat,
+            dropped_per_expert=dropped,
+            top_k=None,
+            valid=valid,
+            **extras,
         )
 
     @classmethod
@@ -154,6 +160,7 @@ class RouterOutput:
             expert_indices=experts,
             combine_weights=combine_weights[tokens, experts],
             dropped_per_expert=dropped_per_expert,
+            top_k=None,
             valid=valid,
             **extras,
         )

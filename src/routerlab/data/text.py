@@ -143,13 +143,15 @@ class TextDataModule(pl.LightningDataModule):
         max_bytes: int = 4_000_000,
         val_fraction: float = 0.05,
         max_val_windows: int | None = None,
+        final_val_windows: int | None = None,
         num_workers: int = 0,
     ) -> None:
         """Checks every value; nothing is read yet.
 
         `domains` maps a label to a built-in source, a file, or `datasets.load_dataset` options;
         `max_bytes` bounds each domain; `max_val_windows` picks evenly spaced held-out windows, as
-        many from each domain.
+        many from each domain, and `final_val_windows` does so for the last evaluation of a run
+        (None: all of them).
         """
         super().__init__()
         check_names(list(domains))
@@ -159,6 +161,7 @@ class TextDataModule(pl.LightningDataModule):
             ("val_batch_size", val_batch_size, 1),
             ("max_bytes", max_bytes, 1),
             ("max_val_windows", max_val_windows, 1),
+            ("final_val_windows", final_val_windows, 1),
             ("seed", seed, 0),
             ("num_workers", num_workers, 0),
         ]:
@@ -170,7 +173,8 @@ class TextDataModule(pl.LightningDataModule):
             raise ValueError("tokenizer: '' is neither 'bytes' nor a file")
         self.seq_len, self.batch_size = seq_len, batch_size
         self.val_batch_size = val_batch_size or batch_size
-        self.max_val_windows, self.seed, self.num_workers = max_val_windows, seed, num_workers
+        self.max_val_windows, self.final_val_windows = max_val_windows, final_val_windows
+        self.seed, self.num_workers = seed, num_workers
         self._request = (
             dict(domains),
             tokenizer,
@@ -194,9 +198,9 @@ class TextDataModule(pl.LightningDataModule):
         self._val = WindowDataset(self._corpus.val, self.seq_len, names)
         self._val_indices = self._val.evenly_spaced(self.max_val_windows)
 
-    def use_all_windows(self) -> None:
-        """From now on the held-out windows are all of them, not `max_val_windows`."""
-        self.max_val_windows = None
+    def use_final_windows(self) -> None:
+        """From now on the held-out windows are those of the last evaluation."""
+        self.max_val_windows = self.final_val_windows
         self.setup()
 
     @property

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,22 +12,21 @@ from torch import Tensor, nn
 from routerlab.core.checks import choice
 from routerlab.core.errors import NonFiniteLossError
 from routerlab.core.protocols import AuxLoss, Diagnostic, LayerLoss, Schedule
-from routerlab.core.routing import RoutingContext, StepTotals
+from routerlab.core.routing import RoutingContext
 from routerlab.core.seeding import stable_seed
 from routerlab.diagnostics.collection import DiagnosticSums, flatten
 from routerlab.objectives import sampling
+from routerlab.objectives.auxiliary import AuxiliaryLosses
+from routerlab.objectives.blame import blame
 from routerlab.objectives.optimizer import OptimizerRecipe
+from routerlab.objectives.router_state import state_sums, update_routers
 from routerlab.objectives.scheduled import Scheduled
 from routerlab.objectives.step import (
     Batch,
-    Records,
     Sums,
     all_reduce,
-    all_reduce_max,
-    loss_sums,
     rank,
     split_batch,
-    state_sums,
     step_totals,
     sum_over_step,
     world_size,
@@ -96,8 +94,8 @@ class RoutedObjective(pl.LightningModule):
         if bytes_per_token and len(bytes_per_token) != len(domains or ["all"]):
             raise ValueError(f"bytes_per_token={bytes_per_token}: one for each of {domains}")
         self.backbone, self.recipe = backbone, optimizer
-        self.losses, self.diagnostics = dict(losses), dict(diagnostics)
-        self.schedules = Scheduled(schedules or {}, self.losses, list(self._routers().values()))
+        self.losses, self.diagnostics = AuxiliaryLosses(losses), dict(diagnostics)
+        self.schedules = Scheduled(schedules or {}, losses, list(self._routers().values()))
         self.policy = sampling.policy_parameters(self._routers().values())
         self.num_samples = sampling.check_num_samples(num_samples, bool(self.policy))
         choice("credit", credit, ("sequence", "reward_to_go"))
@@ -131,12 +129,15 @@ class RoutedObjective(pl.LightningModule):
         terms, sums, states = self.accumulate(parts, contexts, due)
         norm = self._clip()
         if not (math.isfinite(terms["loss"]) and math.isfinite(norm)):
-            raise NonFiniteLossError(self._blame(parts, contexts, terms["loss"], norm))
+            raise NonFiniteLossError(
+                f"step {step + 1}: loss {terms['loss']}, gradient norm {norm}; "
+                f"{blame(self.backbone, parts, contexts)}. The step was not taken."
+            )
         scheduler: Any = self.lr_schedulers()
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
-        self.update_routers(states)
+        update_routers(self._routers(), states)
         result: dict[str, Any] = {"loss": torch.tensor(terms["loss"]), "due": due}
         if due:
             task = terms["task"]
@@ -144,6 +145,7 @@ class RoutedObjective(pl.LightningModule):
             scalars["train/bits_per_byte"] = task / math.log(2) / self._bytes_per_token
             scalars |= {"train/learning_rate": lr, "train/grad_norm": norm}
             scalars |= {key: value for key, value in terms.items() if key.startswith("loss/")}
+            scalars |= self.losses.probes(self._layers())
             routing, result["distributions"] = flatten(sums.values(all_reduce), "router")
             result["scalars"] = scalars | routing
         return result
@@ -162,13 +164,13 @@ class RoutedObjective(pl.LightningModule):
         for index, (part, context) in enumerate(zip(parts, contexts, strict=True)):
             out = self.backbone(part["input_ids"], context)
             if step_sums is None:  # one micro-batch: its own records tell
-                step_sums = sum_over_step([loss_sums(self.losses, out.router_outputs, context)])
+                step_sums = sum_over_step([self.losses.step_sums(out.router_outputs, context)])
             token_losses = self.task_loss(out.logits, part)
             shares = {"task": token_losses.sum() / num_targets}
-            shares |= self.aux_losses(out.router_outputs, context, totals, step_sums)
+            shares |= self.losses.shares(out.router_outputs, context, totals, step_sums)
             if index == 0:
-                shares |= self.layer_losses(context)
-            shares["loss"] = self.weigh(shares)
+                shares |= self.losses.weight_shares(self._layers(), context)
+            shares["loss"] = self.losses.weigh(shares)
             gradient_of = shares["loss"]
             if self.policy:
                 gradient_of = gradient_of + sampling.surrogate(
@@ -188,92 +190,25 @@ class RoutedObjective(pl.LightningModule):
                 terms[key] = terms.get(key, 0.0) + share.detach()
         values = all_reduce(torch.stack(list(terms.values()))).tolist()
         terms = dict(zip(terms, values, strict=True))
-        for name, loss in self.losses.items():
+        for name, loss in self.losses.by_name.items():
             terms[f"loss/{name}/weighted"] = terms[f"loss/{name}"] * loss.weight
         return terms, sums, states
-
-    @torch.no_grad()
-    def update_routers(self, states: list[Sums]) -> None:
-        """Moves the state of routers that keep any, by the counts and the mean proposal of the
-        step: after the optimizer step, and before any checkpoint of it.
-        """
-        if not any(states):
-            return
-        requests = [{k: v for k, v in part.items() if k[0] == "requests"} for part in states]
-        proposals = [{k: v for k, v in part.items() if k[0] == "proposal"} for part in states]
-        counts, means = sum_over_step(requests), sum_over_step(proposals, mean=True)
-        routers = self._routers()
-        for _, layer in counts:
-            routers[layer].update(counts["requests", layer].long(), means["proposal", layer])
-
-    def weigh(self, shares: Mapping[str, Tensor]) -> Tensor:
-        """The task loss plus the weighted auxiliary losses."""
-        total = shares["task"]
-        for name, loss in self.losses.items():
-            total = total + loss.weight * shares[f"loss/{name}"]
-        return total
-
-    def aux_losses(
-        self,
-        router_outputs: Records,
-        context: RoutingContext,
-        totals: StepTotals,
-        step_sums: Sums,
-    ) -> dict[str, Tensor]:
-        """This micro-batch's share of each loss on records: layer by layer, then averaged."""
-        values = {}
-        for name, loss in self.losses.items():
-            if isinstance(loss, LayerLoss):
-                continue
-            layers = [
-                loss(out, context.at_layer(i), replace(totals, sums=step_sums.get((name, layer))))
-                for i, (layer, out) in enumerate(router_outputs.items())
-            ]
-            values[f"loss/{name}"] = torch.stack(layers).mean()
-        return values
-
-    def layer_losses(self, context: RoutingContext) -> dict[str, Tensor]:
-        """This rank's share of each loss on weights, averaged over layers."""
-        values = {}
-        for name, loss in self.losses.items():
-            if isinstance(loss, LayerLoss):
-                layers = enumerate(self.backbone.moe_layers.values())
-                found = [loss.of_layer(layer, context.at_layer(i)) for i, layer in layers]
-                values[f"loss/{name}"] = torch.stack(found).mean() / world_size()
-        return values
 
     @torch.no_grad()
     def count_step(self, parts: list[Batch], contexts: list[RoutingContext]) -> Sums | None:
         """Sums of the whole step that losses ask for, by a forward pass without gradients; None
         where the records of the only micro-batch will tell, empty where no loss asks.
         """
-        if not any(getattr(loss, "needs_step_sums", False) for loss in self.losses.values()):
+        if not self.losses.need_step_sums:
             return {}
         if len(parts) == 1:
             return None
         return sum_over_step(
             [
-                loss_sums(self.losses, self.backbone(p["input_ids"], c).router_outputs, c)
+                self.losses.step_sums(self.backbone(p["input_ids"], c).router_outputs, c)
                 for p, c in zip(parts, contexts, strict=True)
             ]
         )
-
-    @torch.no_grad()
-    def rehearse(self) -> None:
-        """Runs the model and all losses on a few tokens, so that losses and routers that do not go
-        together say so before any training.
-        """
-        ids = torch.arange(16, device=self.device).view(2, 8) % 2
-        batch = {"input_ids": ids, "labels": ids, "domain": torch.zeros_like(ids[:, 0])}
-        context = self.context(batch, 0, 0)
-        records = self.backbone(ids, context).router_outputs
-        totals, _ = step_totals([context], torch.tensor(ids.numel(), device=self.device))
-        step_sums = sum_over_step([loss_sums(self.losses, records, context)])
-        self.aux_losses(records, context, totals, step_sums)
-        self.layer_losses(context)
-        sums = DiagnosticSums(self.diagnostics)
-        sums.add(records, context)
-        flatten(sums.values(), "router")
 
     def context(self, batch: Batch, step: int, part: int) -> RoutingContext:
         """What routers may know of a micro-batch."""
@@ -296,10 +231,12 @@ class RoutedObjective(pl.LightningModule):
         max_steps = self.trainer.max_steps if self._trainer is not None else 0
         return min(1.0, step / max_steps) if max_steps > 0 else 0.0
 
+    def _layers(self) -> dict[str, Any]:
+        """The MoE layers, by the names of their records; none if the backbone does not tell."""
+        return getattr(self.backbone, "moe_layers", {})
+
     def _routers(self) -> dict[str, Any]:
-        """The router of each layer; none of a backbone that does not tell its layers."""
-        layers = getattr(self.backbone, "moe_layers", {})
-        return {name: layer.router for name, layer in layers.items()}
+        return {name: layer.router for name, layer in self._layers().items()}
 
     # -- validation -----------------------------------------------------------------------------
 
@@ -356,29 +293,3 @@ class RoutedObjective(pl.LightningModule):
         rest = [parameter for parameter in self.parameters() if id(parameter) not in policy]
         norms = [nn.utils.clip_grad_norm_(group, limit) for group in (self.policy, rest) if group]
         return float(torch.stack(norms).norm())
-
-    @torch.no_grad()
-    def _blame(
-        self, parts: list[Batch], contexts: list[RoutingContext], loss: float, norm: float
-    ) -> str:
-        """Which layer's router logits blew up: the forward pass once more, looking."""
-        peaks: dict[str, float] = {}
-        for part, context in zip(parts, contexts, strict=True):
-            for layer, out in self.backbone(part["input_ids"], context).router_outputs.items():
-                logits = out.without_padding(out.router_logits)
-                peak = logits.abs().amax().item() if len(logits) else 0.0
-                peaks[layer] = peak if math.isnan(peak) else max(peaks.get(layer, 0.0), peak)
-        flat = torch.tensor(list(peaks.values()), dtype=torch.float64, device=self.device)
-        flat = all_reduce_max(flat.nan_to_num(torch.inf, torch.inf)).tolist()
-        peaks = dict(zip(peaks, flat, strict=True))
-        bad = [layer for layer, peak in peaks.items() if not math.isfinite(peak)]
-        largest = max(peaks, key=lambda layer: peaks[layer])
-        where = (
-            f"the router logits of {bad[0]} are the first that are not finite"
-            if bad
-            else f"all router logits are finite, the largest ({peaks[largest]:.3g}) in {largest}"
-        )
-        return (
-            f"step {self.global_step + 1}: loss {loss}, gradient norm {norm}; {where}. "
-            "The step was not taken."
-        )

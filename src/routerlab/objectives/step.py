@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from routerlab.core.protocols import AuxLoss, LayerLoss
 from routerlab.core.routing import RouterOutput, RoutingContext, StepTotals
 
 Batch = dict[str, Tensor]
@@ -80,25 +79,3 @@ def sum_over_step(parts: Sequence[Sums], mean: bool = False) -> Sums:
     split = flat.split([tensor.numel() for tensor in stacked])
     shaped = [new.view_as(old) for new, old in zip(split, stacked, strict=True)]
     return dict(zip(parts[0], shaped, strict=True))
-
-
-def loss_sums(
-    losses: Mapping[str, AuxLoss | LayerLoss], records: Records, context: RoutingContext
-) -> Sums:
-    """``step_sums`` of each loss that has any, in each layer."""
-    return {
-        (name, layer): loss.step_sums(output, context).detach()  # type: ignore[union-attr]
-        for name, loss in losses.items()
-        if getattr(loss, "needs_step_sums", False)
-        for layer, output in records.items()
-    }
-
-
-def state_sums(records: Records) -> Sums:
-    """What the routers that keep state between steps will be told of a micro-batch."""
-    sums: Sums = {}
-    for layer, output in records.items():
-        if output.proposal is not None:
-            sums["requests", layer] = output.requests_per_expert
-            sums["proposal", layer] = output.proposal.detach()
-    return sums

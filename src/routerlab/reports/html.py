@@ -56,7 +56,8 @@ def render(run: RunFiles) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(run.name)} · routerlab</title><style>{style}</style>"
         f"<script>{get_plotlyjs()}</script></head>"
-        f"<body>{_header(run, sections)}<main>{_overrides(run)}{_error(run)}{_notes(run)}"
+        f"<body>{_header(run, sections)}<main>{_overrides(run)}{_error(run)}{_leak(run)}"
+        f"{_notes(run)}"
         f"{tables.tiles(run)}{cards}{_details(run)}</main></body></html>\n"
     )
 
@@ -200,6 +201,24 @@ def _error(run: RunFiles) -> str:
     return (
         '<div id="error" class="box error" role="alert"><strong>This run failed.</strong>'
         f"<pre>{escape(str(error))}</pre></div>"
+    )
+
+
+def _leak(run: RunFiles) -> str:
+    ahead = run.summary.get("looks_ahead")
+    if ahead not in ("in training", "in evaluation"):
+        return ""
+    meaning = (
+        "a token's routing depended on later tokens while the model was trained; the evaluation on "
+        "this page is clean."
+        if ahead == "in training"
+        else "a token's routing depends on later tokens, in evaluation too: the numbers on this "
+        "page are not those of a language model."
+    )
+    kind = "notes" if ahead == "in training" else "error"
+    return (
+        f'<div id="leak" class="box {kind}" role="alert"><strong>This run looks ahead {ahead}'
+        f"</strong>: {meaning}</div>"
     )
 
 

@@ -60,7 +60,7 @@ def tiles(run: RunFiles) -> str:
     loss = number(run.summary, "val", "loss")
     loss = last(run.metrics, "val/loss") if loss is None else loss
     parts = [
-        _tile("Validation", digits(model_bits(run)), "bits per byte"),
+        _tile("Validation", digits(model_bits(run)), *_honest("bits per byte", run)),
         _against_trigram(run),
         _tile("Validation loss", digits(loss), "nats per token"),
         _tile("Speed", amount(speed), "tokens per second"),
@@ -130,6 +130,12 @@ def _tile(label: str, value: str, detail: str, mood: str = "") -> str:
     )
 
 
+def _honest(detail: str, run: RunFiles) -> tuple[str, str]:
+    """The detail of a tile, marked where evaluation leaks the future, and its mood."""
+    leaks = run.summary.get("looks_ahead") == "in evaluation"
+    return (f"{detail}, leaking the future", "bad") if leaks else (detail, "")
+
+
 def _against_trigram(run: RunFiles) -> str:
     model, trigram = model_bits(run), number(run.summary, "baselines", "trigram")
     if model is None or not trigram:
@@ -147,8 +153,8 @@ def _dead_experts(run: RunFiles) -> str:
     known = [count for count in dead if count is not None]
     if not known:
         return _tile("Dead experts", NOTHING, "not recorded")
-    experts = number(run.summary, "num_experts")
-    total = f"of {experts * len(rows):.0f} in {len(rows)} layers" if experts else "in all layers"
+    experts = number(run.summary, "parameters", "experts")
+    total = f"of {experts:.0f} in {len(rows)} layers" if experts else "in all layers"
     return _tile("Dead experts", digits(sum(known)), total, "bad" if sum(known) else "good")
 
 

@@ -23,8 +23,9 @@ def load_objective(
         raise ConfigError(f"checkpoint {checkpoint or 'of ' + str(run.path)!r}: there is none")
     data = assemble.build_data(cfg)
     objective = assemble.build_objective(cfg, data)
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    objective.load_state_dict(state)
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    objective.load_state_dict(saved["state_dict"])
+    objective.schedules.apply(min(1.0, saved["global_step"] / cfg.trainer.max_steps))
     return objective, data, path
 
 

@@ -7,14 +7,26 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from routerlab.objectives.causal_lm import looks_ahead
 from routerlab.objectives.routed import RoutedObjective
 from routerlab.training.callbacks.metrics import Metrics
 from routerlab.training.run_directory import RunDirectory
 
 _LAYER = (
     "load_entropy", "max_violation", "mean_entropy", "entropy_of_mean", "mutual_information",
-    "domain_information", "dead_experts",
+    "domain_information", "dead_experts", "experts_per_token", "uncovered_share",
 )  # fmt: skip
+
+
+LOOKS_AHEAD = {
+    "in training": (
+        "Training looks ahead: routing depended on later tokens; the evaluation above does not."
+    ),
+    "in evaluation": (
+        "This run leaks the future: routing depends on later tokens, in evaluation too. Its "
+        "numbers are not those of a language model."
+    ),
+}
 
 
 def summarize(
@@ -37,6 +49,7 @@ def summarize(
         "train_seconds": metrics.train_seconds,
         "tokens_per_second": metrics.tokens / max(metrics.train_seconds, 1e-9),
         "parameters": backbone.count_parameters(),
+        "looks_ahead": looks_ahead(backbone),
         "val": {
             "loss": scalars["val/loss"],
             "bits_per_byte": scalars["val/bits_per_byte"],
@@ -50,7 +63,7 @@ def summarize(
             name: values["all"] for name, values in data.corpus.meta["ngram_bits_per_byte"].items()
         },
         "domains": objective.domains,
-        "num_experts": cfg.backbone.num_experts,
+        "num_experts": [layer.experts.num_experts for layer in backbone.moe_layers.values()],
         "top_k": cfg.router.get("top_k"),
         "layers": [
             {"layer": layer}
@@ -73,6 +86,8 @@ def print_headline(run: RunDirectory) -> None:
         table.add_column(name, justify="right")
     table.add_row(*(f"{value:.3f}" for value in columns.values()))
     console.print(table)
+    if (ahead := summary["looks_ahead"]) != "no":
+        console.print(f"[bold red]{LOOKS_AHEAD[ahead]}")
     domains = summary["val"]["bits_per_byte_by_domain"]
     console.print("by domain: " + ", ".join(f"{k} {v:.3f}" for k, v in domains.items()))
     if summary["layers"]:

@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from routerlab.analysis import trace
+from routerlab.objectives.causal_lm import looks_ahead
+from routerlab.objectives.rehearsal import rehearse
 from routerlab.objectives.routed import RoutedObjective
 from routerlab.training import assemble
 from routerlab.training.callbacks.checkpoint import KeepConfig
@@ -45,7 +47,7 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
     assemble.check_batch(cfg, _world_size(cfg))
     assemble.check_recipe(cfg, objective)
     assemble.check_schedules(cfg)
-    objective.rehearse()
+    rehearse(objective)
     if run is not None:
         _check_corpus(run, data)
     callbacks = build_all(cfg.get("callback"))
@@ -75,7 +77,7 @@ def _fit(
     extra: dict[str, pl.Callback],
 ) -> None:
     files, metrics = MetricsFiles(run.path), Metrics()
-    loggers = [files, *_loggers(cfg, run)]
+    loggers = [files, *_loggers(cfg, run, looks_ahead(objective.backbone))]
     if "checkpoint" in extra:
         extra["checkpoint"].dirpath = str(run.path / "checkpoints")  # type: ignore[attr-defined]
     first = [Reseed(cfg.seed), metrics, MissedValidation(files)]
@@ -92,7 +94,7 @@ def _fit(
     if trainer.strategy.broadcast(not files.has(trainer.global_step, "val/loss")):
         trainer.validate(objective, datamodule=data, verbose=False)
     metrics.logs_validation = False  # the headline, and no point of a curve
-    data.use_all_windows()
+    data.use_final_windows()
     trainer.validate(objective, datamodule=data, verbose=False)
     if trainer.is_global_zero:
         run.write_json("summary.json", summarize(cfg, run, data, objective, metrics, trainer))
@@ -182,10 +184,11 @@ def _new_run(cfg: DictConfig, overrides: Sequence[str]) -> RunDirectory:
     return run
 
 
-def _loggers(cfg: DictConfig, run: RunDirectory) -> list[Any]:
+def _loggers(cfg: DictConfig, run: RunDirectory, ahead: str) -> list[Any]:
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     router = cfg.router["_target_"].rsplit(".", 1)[-1]
-    shared = {"directory": run.path, "config": settings, "job_type": router, "tags": run.overrides}
+    tags = run.overrides if ahead == "no" else [f"looks ahead {ahead}", *run.overrides]
+    shared = {"directory": run.path, "config": settings, "job_type": router, "tags": tags}
     return [partial(node)(**shared) for node in (cfg.get("logger") or {}).values()]
 
 

@@ -1,0 +1,85 @@
+"""All auxiliary losses of a step: on records, micro-batch by micro-batch, and on weights, once."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from routerlab.core.protocols import AuxLoss, LayerLoss
+from routerlab.core.routing import RoutingContext, StepTotals
+from routerlab.objectives.step import Records, Sums, world_size
+
+
+class AuxiliaryLosses:
+    """Losses by name. Each is computed layer by layer, then averaged over layers."""
+
+    def __init__(self, losses: Mapping[str, AuxLoss | LayerLoss]) -> None:
+        self.by_name = dict(losses)
+        self.of_records: dict[str, AuxLoss] = {}
+        self.of_weights: dict[str, LayerLoss] = {}
+        for name, loss in losses.items():
+            if isinstance(loss, LayerLoss):
+                self.of_weights[name] = loss
+            else:
+                self.of_records[name] = loss
+
+    @property
+    def need_step_sums(self) -> bool:
+        """Whether a loss must know sums of the whole step before the first backward pass."""
+        return any(loss.needs_step_sums for loss in self.of_records.values())
+
+    def step_sums(self, records: Records, context: RoutingContext) -> Sums:
+        """Those sums, of one micro-batch."""
+        return {
+            (name, layer): loss.step_sums(output, context.at_layer(i)).detach()  # type: ignore[attr-defined]
+            for name, loss in self.of_records.items()
+            if loss.needs_step_sums
+            for i, (layer, output) in enumerate(records.items())
+        }
+
+    def shares(
+        self, records: Records, context: RoutingContext, totals: StepTotals, step_sums: Sums
+    ) -> dict[str, Tensor]:
+        """This micro-batch's share of each loss on records."""
+        values = {}
+        for name, loss in self.of_records.items():
+            layers = [
+                loss(out, context.at_layer(i), replace(totals, sums=step_sums.get((name, layer))))
+                for i, (layer, out) in enumerate(records.items())
+            ]
+            values[f"loss/{name}"] = torch.stack(layers).mean()
+        return values
+
+    def weight_shares(
+        self, layers: Mapping[str, Any], context: RoutingContext
+    ) -> dict[str, Tensor]:
+        """This rank's share of each loss on weights; call it once a step."""
+        values = {}
+        for name, loss in self.of_weights.items():
+            found = [
+                loss.of_layer(layer, context.at_layer(i)) for i, layer in enumerate(layers.values())
+            ]
+            values[f"loss/{name}"] = torch.stack(found).mean() / world_size()
+        return values
+
+    def weigh(self, shares: Mapping[str, Tensor]) -> Tensor:
+        """The task loss plus the weighted auxiliary losses."""
+        total = shares["task"]
+        for name, loss in self.by_name.items():
+            if f"loss/{name}" in shares:
+                total = total + loss.weight * shares[f"loss/{name}"]
+        return total
+
+    def probes(self, layers: Mapping[str, Any]) -> dict[str, float]:
+        """What losses on weights have to tell of the layers, as means over layers."""
+        values = {}
+        for name, loss in self.of_weights.items():
+            if not hasattr(loss, "probe"):
+                continue
+            found = [loss.probe(layer) for layer in layers.values()]  # type: ignore[attr-defined]
+            for key in found[0]:
+                mean = torch.stack([values_of[key] for values_of in found]).mean()
+                values[f"loss/{name}/{key}"] = float(mean)
+        return values
