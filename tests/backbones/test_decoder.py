@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from routerlab.backbones.decoder import BackboneOutput, Decoder, rotary_tables, rotate
-from routerlab.core.routing import RoutingContext
+from routerlab.core.routing import RouterOutput, RoutingContext
 from routerlab.routers.token_choice import TokenChoice
 from tests.helpers.models import EXPERTS, LENGTH, VOCAB, WIDTH, tiny_batch, tiny_decoder
 
@@ -183,3 +183,27 @@ def test_a_sequence_that_is_too_long() -> None:
 def test_widths_that_do_not_fit(changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_decoder(**changes)
+
+
+def test_routers_know_the_token_ids() -> None:
+    seen = []
+
+    class Watching(TokenChoice):
+        def forward(self, x: Tensor, context: RoutingContext | None = None) -> RouterOutput:
+            seen.append(context.token_ids)
+            return super().forward(x, context)
+
+    decoder, ids = tiny_decoder(router=Watching), tiny_batch(3)["input_ids"]
+    decoder(ids)
+    decoder(ids, RoutingContext(3, LENGTH))
+    assert len(seen) == 4
+    assert all(torch.equal(tokens, ids.flatten()) for tokens in seen)
+
+
+def test_layers_may_differ_in_their_experts() -> None:
+    decoder = tiny_decoder(num_experts=[2, 5])
+    records = decoder(tiny_batch(3)["input_ids"]).router_outputs
+    assert [record.num_experts for record in records.values()] == [2, 5]
+    assert decoder.count_parameters()["experts"] == 7
+    with pytest.raises(ValueError, match=r"num_experts=\[2, 5, 3\]: one number for each of"):
+        tiny_decoder(num_experts=[2, 5, 3])

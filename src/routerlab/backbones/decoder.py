@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -122,6 +122,7 @@ class Decoder(nn.Module):
             )
         if context is None:
             context = RoutingContext(batch_size, length)
+        context = replace(context, token_ids=input_ids.reshape(-1))
         x = self.embed_tokens(input_ids)
         rotary = (self.cos[:length], self.sin[:length])
         router_outputs: dict[str, RouterOutput] = {}

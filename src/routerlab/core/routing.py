@@ -23,7 +23,7 @@ class RoutingContext:
     noise_level: Float[Tensor, "B"] | None = None  # diffusion
     sequence_embedding: Float[Tensor, "B D"] | None = None
     progress: float = 0.0  # share of training done, in [0, 1]
-    token_ids: Int[Tensor, "T"] | None = None  # vocabulary ids, for routers that hash them
+    token_ids: Int[Tensor, "T"] | None = None  # vocabulary ids; the backbone fills them in
     seed: int = 0  # of run seed, step, micro-batch and rank
     step_seed: int = 0  # of run seed and step: equal in all micro-batches and on all ranks
     layer: int = 0

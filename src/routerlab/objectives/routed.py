@@ -220,7 +220,6 @@ class RoutedObjective(pl.LightningModule):
             valid=None if valid is None else valid.reshape(-1),
             domain_ids=batch.get("domain"),
             num_domains=len(self.domains),
-            token_ids=batch["input_ids"].reshape(-1),
             progress=self._progress(step),
             seed=stable_seed(self.seed, step, part, rank()),
             step_seed=stable_seed(self.seed, step),
