@@ -7,13 +7,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # at run time torch is imported only once the arguments can be read
     from routerlab.bench.layer import Settings
     from routerlab.bench.step import StepShare
 
-SUBJECTS = {"layer": "one MoE layer against a dense layer and transformers; losses, diagnostics"}
+SUBJECTS = {
+    "layer": "one MoE layer against a dense layer and transformers; losses, diagnostics",
+    "routers": "every router as a share of the MoE layer, next to token choice",
+}
+ROUTERS_SHAPE = "4096,256,256,64,8"
 STEP_SECONDS = 5  # seconds for a variant of the training step, in units of --seconds
 
 
@@ -31,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit as stop:  # argparse has printed why, or the help
         return int(stop.code or 0)
     try:
-        return _bench_layer(arguments)
+        return _bench(arguments)
     except ValueError as error:
         print(f"routerlab bench: {error}", file=sys.stderr)
         return 2
@@ -46,16 +50,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtypes", default="float32,bf16", help="float32, bf16 (autocast) or both")
     add("--paths", default="all", help="all, or some of autograd,loop,hf_grouped_mm,hf_eager,...")
     add("--seconds", type=float, default=1.5, help="for each cell of the table (default 1.5)")
+    add("--step", action=argparse.BooleanOptionalAction, default=True, help="training step, too")
+    _add_common(layer)
+    routers = subjects.add_parser("routers", help=SUBJECTS["routers"])
+    add = routers.add_argument
+    add("--routers", default="all", help="all, or some of NAME,token_choice+BALANCER,LOSS,...")
+    add("--shape", default=ROUTERS_SHAPE, help=f"T,D,F,E,K (default {ROUTERS_SHAPE})")
+    add("--seconds", type=float, default=2.0, help="for each router (default 2)")
+    _add_common(routers)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--threads", type=int, help="CPU threads (default: as torch chooses)")
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--clock", default="wall", choices=("wall", "cpu"), help="cpu: for one thread, when busy")
     add("--seed", type=int, default=0)
     add("--json", type=Path, metavar="FILE", help="write the figures there")
-    add("--step", action=argparse.BooleanOptionalAction, default=True, help="training step, too")
-    return parser
 
 
-def _bench_layer(arguments: argparse.Namespace) -> int:
+def _bench(arguments: argparse.Namespace) -> int:
     if arguments.seconds <= 0:
         raise ValueError(f"--seconds={arguments.seconds}: must be above 0")
     if arguments.threads is not None and arguments.threads < 1:
@@ -65,6 +80,8 @@ def _bench_layer(arguments: argparse.Namespace) -> int:
 
     import torch
 
+    from routerlab.bench.layer import Settings
+
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device=cuda: torch finds no GPU")
     if arguments.device == "cuda" and arguments.clock == "cpu":
@@ -72,13 +89,19 @@ def _bench_layer(arguments: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(arguments.threads or threads)
     try:
-        return _run(arguments)
+        settings = Settings(
+            arguments.seconds,
+            torch.device(arguments.device),
+            arguments.seed,
+            time.process_time if arguments.clock == "cpu" else time.perf_counter,
+        )
+        run = {"layer": _bench_layer, "routers": _bench_routers}[arguments.subject]
+        return run(arguments, settings)
     finally:
         torch.set_num_threads(threads)
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    import torch
+def _bench_layer(arguments: argparse.Namespace, settings: "Settings") -> int:
     from rich.console import Console
 
     from routerlab.bench import layer, report
@@ -92,10 +115,6 @@ def _run(arguments: argparse.Namespace) -> int:
     dtypes = arguments.dtypes.split(",")
     paths = list(PATHS) if arguments.paths == "all" else arguments.paths.split(",")
     layer.check_names(dtypes, paths)
-    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
-    settings = layer.Settings(
-        arguments.seconds, torch.device(arguments.device), arguments.seed, clock
-    )
     rows: list[layer.Row] = []
     share = None
     console = Console()
@@ -109,8 +128,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if share is not None:
         console.print("\n".join(report.step_lines(share)), highlight=False)
     if arguments.json is not None:
-        found = report.as_json(rows, share, settings)
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        _write(arguments.json, report.as_json(rows, share, settings))
     return int(any(row.status.startswith("refused") for row in rows))
 
 
@@ -120,3 +138,26 @@ def _bench_step(settings: "Settings", progress: Callable[[str], None]) -> "StepS
     progress("a training step with and without losses and diagnostics")
     # its differences are a few percent: they need more samples than a ratio of 2
     return bench_step(replace(settings, seconds=STEP_SECONDS * settings.seconds))
+
+
+def _bench_routers(arguments: argparse.Namespace, settings: "Settings") -> int:
+    from rich.console import Console
+
+    from routerlab.bench import report
+    from routerlab.bench.contestants import Shape
+    from routerlab.bench.router_contestants import contestant_names
+    from routerlab.bench.routers import bench_routers
+
+    shape = Shape.parse(arguments.shape)
+    names = contestant_names(arguments.routers)
+    console = Console()
+    with console.status("") as status:
+        found = bench_routers(shape, names, settings, status.update)
+    console.print(report.routers_table(found))
+    if arguments.json is not None:
+        _write(arguments.json, report.routers_json(found, settings))
+    return 0
+
+
+def _write(file: Path, found: dict[str, Any]) -> None:
+    file.write_text(json.dumps(found, indent=2) + "\n")

@@ -12,9 +12,12 @@ from rich import box
 from rich.table import Table
 
 from routerlab.bench.layer import Row, Settings
+from routerlab.bench.routers import RouterRow, RoutersFound
 from routerlab.bench.step import LOG_EVERY, StepShare
 
 COLUMNS = ("", "x\ndense", "quartiles", "x\nHF", "ms", "peak\nMiB", "x\ndense", "saved\nMiB")
+
+ROUTER_COLUMNS = ("", "%", "quartiles", "ms", "x token\nchoice", "picks", "goal", "met")
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -63,6 +66,33 @@ def step_lines(share: StepShare) -> list[str]:
     ]
 
 
+def routers_table(found: RoutersFound) -> Table:
+    """A row a router, within 80 columns; a router without figures says why below."""
+    table = Table(
+        title=f"forward + backward of routers with their losses, shape {found.shape},\n"
+        f"as a share of the MoE layer's {found.layer_milliseconds:.1f} ms",
+        caption=_routers_caption(found),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for index, column in enumerate(ROUTER_COLUMNS):
+        side = "right" if index else "left"
+        table.add_column(column, justify=side, no_wrap=bool(index), overflow="fold")
+    for row in found.rows:
+        name = row.name + ("*" if row.share_of == "step" else "")
+        quartiles = "" if row.lower is None else f"{_number(row.lower)}-{_number(row.upper)}"
+        numbers = (row.milliseconds, row.to_token_choice, row.assignments_per_token)
+        goal = "" if row.goal is None else f"{row.goal:g}"
+        met = {True: "yes", False: "no", None: ""}[row.met]
+        table.add_row(name, _number(row.percent), quartiles, *map(_number, numbers), goal, met)
+    return table
+
+
+def routers_json(found: RoutersFound, settings: Settings) -> dict[str, Any]:
+    """Everything that was measured, and where."""
+    return {"environment": environment(settings)} | asdict(found)
+
+
 def as_json(rows: Sequence[Row], share: StepShare | None, settings: Settings) -> dict[str, Any]:
     """Everything that was measured, and where."""
     step = None
@@ -101,11 +131,22 @@ def cpu_model() -> str:
 
 def _caption(rows: Sequence[Row]) -> str | None:
     notes = [f"{r.shape} {r.dtype} {r.path}: {r.status}" for r in rows if r.status != "ok"]
+    return "\n".join(notes + _dropped(rows)) or None
+
+
+def _routers_caption(found: RoutersFound) -> str | None:
+    notes = [f"{row.name}: {row.status}" for row in found.rows if row.status != "ok"]
+    if found.step_milliseconds is not None:
+        notes.append(f"* of a training step, {found.step_milliseconds:.0f} ms")
+    return "\n".join(notes + _dropped(found.rows)) or None
+
+
+def _dropped(rows: Sequence[Row] | Sequence[RouterRow]) -> list[str]:
     used = sum(row.samples or 0 for row in rows)
     busy = sum(row.busy or 0 for row in rows)
-    if busy:
-        notes.append(f"{busy} of {busy + used} samples dropped: another process was in the way")
-    return "\n".join(notes) or None
+    if not busy:
+        return []
+    return [f"{busy} of {busy + used} samples dropped: another process was in the way"]
 
 
 def _number(value: float | None) -> str:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import lightning.pytorch as pl
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +29,6 @@ LOOKS_AHEAD = {
 
 
 def summarize(
-    cfg: DictConfig,
     run: RunDirectory,
     data: Any,
     objective: RoutedObjective,
@@ -64,7 +62,7 @@ def summarize(
         },
         "domains": objective.domains,
         "num_experts": [layer.experts.num_experts for layer in backbone.moe_layers.values()],
-        "top_k": cfg.router.get("top_k"),
+        "top_k": getattr(next(iter(backbone.moe_layers.values())).router, "top_k", None),
         "layers": [
             {"layer": layer}
             | {

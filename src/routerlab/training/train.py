@@ -97,7 +97,7 @@ def _fit(
     data.use_final_windows()
     trainer.validate(objective, datamodule=data, verbose=False)
     if trainer.is_global_zero:
-        run.write_json("summary.json", summarize(cfg, run, data, objective, metrics, trainer))
+        run.write_json("summary.json", summarize(run, data, objective, metrics, trainer))
         if cfg.trace_sequences:
             _record(cfg, run, data, objective)
         run.set_status("done")

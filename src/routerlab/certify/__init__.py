@@ -1,0 +1,1 @@
+"""What a router promises, checked by running it."""
