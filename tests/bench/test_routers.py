@@ -13,6 +13,7 @@ from routerlab.bench.contestants import Shape
 from routerlab.bench.layer import Settings
 from routerlab.bench.report import routers_table
 from routerlab.bench.router_contestants import (
+    GOALS,
     REFERENCE,
     build_contestant,
     contestant_names,
@@ -135,13 +136,19 @@ def test_sizes_and_knobs_of_contestants():
         ("token_choice+expert_bias", 8),
         ("expert_choice", 4),
         ("expert_choice_capped", None),
+        ("base", None),
         ("sinkhorn", 5),
+        ("selective_sinkhorn", 5),
         ("token_choice+bip", 17),
         ("token_choice+bip_once", 8),
     ],
 )
 def test_goals(name, goal):
     assert goal_of(name) == goal
+
+
+def test_every_goal_is_of_a_contestant():
+    assert set(GOALS) <= set(contestant_names())
 
 
 # -- rows ------------------------------------------------------------------------------------------

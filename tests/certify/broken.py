@@ -125,6 +125,11 @@ class PrefersExpertZero(Good):
         return self.gate(x) + 3 * (torch.arange(self.num_experts) == 0)
 
 
+class ExpertsTie(Good):
+    def experts(self, logits: Tensor) -> Tensor:
+        return (logits / 4).round().argsort(dim=-1, descending=True, stable=True)[:, :2]
+
+
 class Counts(Good):
     """Counts tokens while it forwards."""
 
@@ -270,6 +275,10 @@ class SaysThatTrainingLooksAhead(LooksAheadInTraining):
 
 class SaysThatPlaceMatters(PrefersEarlyTokens):
     order_dependent = True
+
+
+class SaysThatExpertsTie(ExpertsTie):
+    ties = True
 
 
 class SeededDraws(Good):

@@ -22,6 +22,7 @@ FAILURES = [
     ("counts", broken.ExpertByExpert, "rows are not K for each token"),
     ("token order", broken.PrefersEarlyTokens, "changed with the order"),
     ("expert labels", broken.PrefersExpertZero, "changed with expert numbers"),
+    ("expert labels", broken.ExpertsTie, "changed with expert numbers"),
     ("state", broken.Counts, "count changed in forward in training"),
     ("state", broken.UpdatesWeights, "update changed the parameter gate.weight"),
     ("autocast", broken.PlainLinear, "rounded"),
@@ -50,6 +51,7 @@ DECLARED = [
     ("token order", broken.SeededDraws, "random in evaluation"),
     ("expert labels", broken.SeededDraws, "random in evaluation"),
     ("expert labels", broken.NoParameters, "no weights"),
+    ("expert labels", broken.SaysThatExpertsTie, "ties: the expert number decides"),
     ("gradient", broken.NoParameters, "no parameters"),
     ("deterministic", broken.SeededDraws, "random in evaluation"),
     ("no context", broken.SeededDraws, "draws from context.seed: pass a RoutingContext"),
@@ -133,6 +135,35 @@ def test_a_queue_is_caught_if_it_denies_it() -> None:
     for check in ("leak: router, train", "leak: model, train"):
         assert run_check(check, CHECKS[check], Subject("it", build)).status == "fail"
     assert run_check("state", CHECKS["state"], Subject("it", build)).status == "pass"
+
+
+@pytest.mark.parametrize(
+    ("words", "causal", "more"),
+    [
+        (["balancer=expert_bias"], "yes", set()),
+        (["balancer=bip", "balancer.midpoint=true"], "training looks ahead", set()),
+        (["balancer=bip", "balancer.mode=causal"], "yes", set()),
+        # a price is the surplus of a token that then ties; rounding must not look like a leak
+        (
+            ["balancer=bip", "balancer.mode=online", "balancer.iterations=1"],
+            "yes",
+            {"token order", "expert labels"},
+        ),
+    ],
+)
+def test_balancers(words: list[str], causal: str, more: set[str]) -> None:
+    composed = Subject.of("token_choice", words)
+
+    def build(**sizes: int) -> nn.Module:
+        router = composed.build(**sizes)
+        router.ties = "balancer.mode=online" in words
+        return router
+
+    certificate = certify(Subject("it", build))
+    assert (certificate.failed, certificate.causal) == ([], causal), certificate.results
+    ahead = {"leak: router, train", "leak: model, train"}
+    declared = {result.check for result in certificate.results if result.status == "declared"}
+    assert declared == more | (ahead if causal != "yes" else set())
 
 
 def test_what_is_certified_is_not_touched() -> None:

@@ -8,8 +8,8 @@ import pytest
 from routerlab.cli.main import main
 
 CASES = {
-    "router.top_k=5": ["top_k=5", "from 1 to num_experts=4"],
-    "router.top_k=0": ["top_k=0", "from 1 to num_experts=4"],
+    "router.top_k=5": ["top_k=5", "at least 1 and at most 4"],
+    "router.top_k=0": ["top_k=0", "at least 1 and at most 4"],
     "router.top_k=1": ["top_k=1", "normalize_weights", "no gradient"],
     "router.top_k=two": ["router.top_k='two'", "must be int"],
     "router.top_k=2.5": ["router.top_k=2.5", "must be int"],
@@ -18,7 +18,7 @@ CASES = {
     "trace_sequences=-1": ["trace_sequences=-1", "0 or more"],
     "router.capacity_factor=0.0": ["capacity_factor=0.0", "above 0"],
     "router.capacity_factor=-1.5": ["capacity_factor=-1.5", "above 0"],
-    "router.score_fn=tanh": ["score_fn='tanh'", "'softmax' or 'sigmoid'"],
+    "router.score_fn=tanh": ["score_fn='tanh'", "'softmax', 'sigmoid'"],
     "router.jitter_eps=1.0": ["jitter_eps=1.0", "below 1"],
     "backbone.num_heads=3": ["d_model=32", "multiple of num_heads=3"],
     "backbone.num_kv_heads=3": ["num_kv_heads=3", "divide num_heads=2"],
@@ -52,20 +52,66 @@ CASES = {
     "resume=/nowhere": ["/nowhere", "holds no run"],
     "router.topk=1": ["router.topk", "router.top_k"],
     "router=token_chioce": ["token_choice"],
+    "router=expert_choice": ["leak the future", "objective.allow_noncausal=true"],
+    "router.drop_policy=last": ["drop_policy='last'", "'batch_priority'"],
+    "router.num_groups=3": ["num_groups=3", "num_experts=4"],
+    "balancer=expert_bais": ["balancer=expert_bais", "expert_bias"],
+    "schedule=[descendig]": ["schedule=descendig", "descending"],
+    "objective.num_samples=3": ["num_samples=3", "no router samples"],
+    "objective.credit=token": ["credit='token'", "'reward_to_go'"],
+    "data.final_val_windows=0": ["final_val_windows", "0"],
+    "loss=[load_cv]": ["load_cv", "noisy_top_k"],
+    "backbone.num_experts=[4,4,4]": ["num_experts=[4, 4, 4]", "num_layers=2"],
+}
+PAIRS: dict[tuple[str, ...], list[str]] = {
+    ("router=expert_choice", "balancer=expert_bias"): ["balancer ExpertBias", "ExpertChoice"],
+    ("router=sinkhorn", "balancer=bip"): ["balancer BIP", "Sinkhorn", "balancer=none"],
+    ("router=sinkhorn", "+router.capacity_factor=1.0"): ["capacity_factor", "no such argument"],
+    ("loss=[device_balance]", "loss.device_balance.num_devices=3"): ["num_devices=3", "4"],
+    ("router=hash", "loss=[expert_router_coupling]"): ["expert_router_coupling", "HashRouter"],
+    ("router=base", "router.top_k=2"): ["top_k=2"],
+    ("router=sinkhorn", "router.xi=0.0"): ["xi=0.0", "above 0"],
+    ("router=selective_sinkhorn", "router.p=1.5"): ["p=1.5", "at most 1"],
+    ("router=dynamoe", "router.percentile=1.0"): ["percentile=1.0", "below 1"],
+    ("router=top_p", "router.top_p=0.0"): ["top_p=0.0", "above 0"],
+    ("router=threshold", "router.factor=-1.0"): ["factor=-1.0"],
+    ("router=subset_sampling", "objective.num_samples=1"): ["num_samples=1", "at least 2"],
+    ("router=expert_choice", "router.capacity_factor=9.0"): ["capacity_factor=9.0", "4"],
+    ("balancer=expert_bias", "balancer.rate=-1.0"): ["rate=-1.0", "at least 0"],
+    ("balancer=bip", "balancer.mode=online"): ["mode='online'", "iterations=1"],
+    ("schedule=[linear]", "schedule.linear.start=1"): ["schedule.linear.target: must be given"],
+    (
+        "schedule=[linear]",
+        "schedule.linear.target=router.top_p",
+        "schedule.linear.start=1",
+        "schedule.linear.end=2",
+    ): ["schedule target='router.top_p'", "loss.<one of load_balancing, router_z>"],
+    (
+        "schedule=[linear]",
+        "schedule.linear.target=router.top_k",
+        "schedule.linear.start=2",
+        "schedule.linear.end=9",
+    ): ["schedule.linear", "top_k=9", "at most 4"],
+    ("schedule=[descending]", "schedule.layerwise.low=9"): ["low=9", "high=8"],
+    ("schedule=[descending]", "schedule.layerwise.total=1"): ["total=1"],
 }
 
 
-@pytest.mark.parametrize("word", CASES)
+@pytest.mark.parametrize(
+    ("wrong", "parts"), [*(((k,), v) for k, v in CASES.items()), *PAIRS.items()]
+)
 def test_a_wrong_value_is_refused_with_its_name_and_range(
-    word: str,
+    wrong: tuple[str, ...],
+    parts: list[str],
     tiny_words: Callable[..., list[str]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [w for w in tiny_words(f"paths.output_dir={tmp_path / 'out'}") if _key(w) != _key(word)]
-    assert main(["train", *words, word]) == 2
+    keys = {_key(word) for word in wrong}
+    words = [w for w in tiny_words(f"paths.output_dir={tmp_path / 'out'}") if _key(w) not in keys]
+    assert main(["train", *words, *wrong]) == 2
     message = capsys.readouterr().err
-    for part in CASES[word]:
+    for part in parts:
         assert part in message
     assert "Traceback" not in message
     assert not (tmp_path / "out").exists()

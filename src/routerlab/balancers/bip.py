@@ -69,6 +69,7 @@ class BIP(nn.Module):
         self.midpoint, self.warm_start, self.subsample = midpoint, warm_start, subsample
         self.causal_training = mode != "batch"
         self.order_dependent = mode == "online"
+        self.ties = mode != "causal" and not midpoint  # a price is some token's own surplus
         self.register_buffer("prices", torch.zeros(num_experts))
 
     @torch.no_grad()

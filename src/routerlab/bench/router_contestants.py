@@ -15,8 +15,17 @@ from routerlab.training.instantiate import build_all, with_balancer
 
 REFERENCE = "token_choice"  # the router of the layer; measured in every run
 CHEAPER = {"bip_once": ("bip", "iterations=1")}  # balancers with a cheaper setting of a knob
-# The most percent of the layer that a contestant may cost, by a word of its name.
-GOALS = {"capped": None, "expert_choice": 4.0, "sinkhorn": 5.0, "bip_once": 8.0, "bip": 17.0}
+# The most percent of the layer that a contestant may cost, where that is not `TOP_K_GOAL`. Exact
+# solvers have no goal.
+GOALS = {
+    "expert_choice": 4.0,
+    "sinkhorn": 5.0,
+    "selective_sinkhorn": 5.0,
+    "s_base": 5.0,
+    "token_choice+bip": 17.0,
+    "base": None,
+    "expert_choice_capped": None,
+}
 TOP_K_GOAL = 8.0
 
 
@@ -114,4 +123,4 @@ def layer_losses(names: Sequence[str]) -> dict[str, LayerLoss]:
 
 def goal_of(name: str) -> float | None:
     """The most percent of the layer that the contestant of this name may cost; None: no goal."""
-    return next((goal for word, goal in GOALS.items() if word in name), TOP_K_GOAL)
+    return GOALS.get(name, TOP_K_GOAL)

@@ -129,6 +129,7 @@ def _everywhere(subject: Subject) -> Iterator[tuple[Any, Probe, str]]:
 
 
 def mode(training: bool) -> str:
+    """The mode, in words."""
     return "in training" if training else "in evaluation"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from routerlab.backbones.decoder import BackboneOutput, Decoder
 from routerlab.certify.contract import mode, require
@@ -20,6 +20,7 @@ from routerlab.certify.subject import (
     Subject,
     declares,
     run,
+    says,
     sharpen,
     update,
     view,
@@ -66,8 +67,7 @@ def router_moves(router: Any, draws: int) -> dict[str, int]:
     draws of the tokens and of the router's own.
     """
     moves: dict[str, int] = {}
-    by_place = bool(getattr(router, "order_dependent", False))
-    for changed, base, rows, watched in _router_cases(by_place, draws):
+    for changed, base, rows, watched in _router_cases(says(router, "order_dependent"), draws):
         plain = view(run(router, base))
         for other in _replacements(base, rows):
             moved = int((view(run(router, other)).moved(plain) & watched).sum())
@@ -158,12 +158,30 @@ def model_moves(subject: Subject, training: bool) -> list[Move]:
     return moves
 
 
+class _Scales(nn.Module):
+    """Experts that scale each feature: a row's result does not depend on which rows are beside it,
+    not even by rounding, which would decide between experts that tie.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.scales = nn.Parameter(torch.randn(num_experts, d_model))
+
+    def forward(self, x: Tensor, tokens_per_expert: Tensor, combine_weights: Tensor) -> Tensor:
+        return x * self.scales.repeat_interleave(tokens_per_expert, 0) * combine_weights[:, None]
+
+    def expert(self, index: int, x: Tensor, combine_weights: Tensor) -> Tensor:
+        return x * self.scales[index] * combine_weights[:, None]
+
+
 def _model(subject: Subject, training: bool) -> Decoder:
     """A decoder with routers as `Subject.router` makes them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Decoder(
             subject.build,
+            _Scales,
             vocab_size=VOCAB,
             d_model=D_MODEL,
             num_layers=LAYERS,

@@ -78,6 +78,13 @@ def declares(router: nn.Module, training: bool) -> bool:
     return all(_causal(module, training) for module in router.modules())
 
 
+def says(router: nn.Module, what: str) -> bool:
+    """Whether the router or a part of it declares this: ``order_dependent``, or ``ties`` where two
+    experts come out equal by construction and the lower number is taken.
+    """
+    return any(bool(getattr(module, what, False)) for module in router.modules())
+
+
 def _causal(module: nn.Module, training: bool) -> bool:
     causal = bool(getattr(module, "causal", True))
     return bool(getattr(module, "causal_training", causal)) if training else causal

@@ -20,7 +20,9 @@ class Router(Protocol):
     What else a router may have, found by name:
 
     - ``causal_training``: False where only training looks at later tokens (``causal`` if absent);
-    - ``order_dependent``: True where the place in the batch matters (queues, draws by place);
+    - ``order_dependent``: True where a token's place in the batch matters (a queue, or draws by
+      place in evaluation; draws of training need not be declared);
+    - ``ties``: True where experts come out equal by construction and the lower number is taken;
     - ``top_k``: experts a token has, where that is fixed (or, as a float, their mean);
     - ``update(requests_per_expert, proposal)``: called once after each optimizer step with the
       step's counts [E] and the mean of the records' ``proposal``; all state changes happen there.
@@ -132,11 +134,11 @@ class Schedule(Protocol):
 
     target: str
 
-    def at(self, progress: float) -> float:
+    def at(self, progress: int | float) -> int | float:
         """The value when a share ``progress`` (0 to 1) of training is done."""
         ...
 
-    def extremes(self) -> list[float]:
+    def extremes(self) -> list[int | float]:
         """The values between which it moves."""
         ...
 

@@ -125,8 +125,8 @@ class TokenChoice(nn.Module):
         self.causal_training = (capacity_factor is None or looks_back) and (
             self.balancer is None or self.balancer.causal_training
         )
-        self.order_dependent = drop_policy == "position" and (
-            capacity_factor is not None or eval_capacity_factor is not None
+        self.order_dependent = getattr(self.balancer, "order_dependent", False) or (
+            drop_policy == "position" and (capacity_factor or eval_capacity_factor) is not None
         )
 
     def forward(

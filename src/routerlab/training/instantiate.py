@@ -19,6 +19,9 @@ _LIBRARIES = ("routerlab", "torch", "lightning", "transformers", "peft")
 
 def build(node: DictConfig, **objects: Any) -> Any:
     """The object that a ``_target_`` node describes, from its own keys and ``objects``."""
+    for key in node:
+        if OmegaConf.is_missing(node, key) and key not in objects:
+            raise ConfigError(f"{node._get_full_key(key)}: must be given a value")
     return partial(node)(**objects)
 
 

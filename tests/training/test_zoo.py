@@ -1,0 +1,80 @@
+"""Every router of configs/router takes an optimizer step under the config of its own file."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from routerlab.objectives.causal_lm import CausalLM, looks_ahead
+from routerlab.objectives.rehearsal import rehearse
+from routerlab.objectives.router_state import update_routers
+from routerlab.objectives.sampling import repeat
+from routerlab.training.assemble import build_objective
+from routerlab.training.config import available, compose
+
+LEAKING = {"expert_choice", "expert_choice_capped"}
+
+
+def built(words: list[str], *more: str) -> CausalLM:
+    torch.manual_seed(0)
+    objective = build_objective(compose(*words, "backbone.num_experts=8", *more))
+    assert isinstance(objective, CausalLM)
+    return objective
+
+
+@pytest.mark.parametrize("router", available("router"))
+def test_one_step(router: str, tiny_words: Callable[..., list[str]]) -> None:
+    leaks = [f"objective.allow_noncausal={str(router in LEAKING).lower()}"]
+    objective = built(tiny_words(), f"router={router}", *leaks)
+    rehearse(objective)
+    ids = torch.randint(256, (4, 33), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "domain": torch.zeros(4).long()}
+    batch = repeat(batch, objective.num_samples)
+    terms, _, states = objective.accumulate([batch], [objective.context(batch, 0, 0)], due=True)
+    assert all(math.isfinite(value) for value in terms.values())
+    learned = [layer.router.parameters() for layer in objective.backbone.moe_layers.values()]
+    grads = [p.grad for parameters in learned for p in parameters]
+    assert all(g is None or g.isfinite().all() for g in grads)
+    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    update_routers(objective._routers(), states)
+    moved = {n for n, value in objective.state_dict().items() if not torch.equal(value, before[n])}
+    assert bool(moved) is any(states)
+    assert not moved & {name for name, _ in objective.named_parameters()}
+
+
+def test_each_file_brings_the_losses_and_the_balancer_of_its_paper() -> None:
+    losses = {
+        "noisy_top_k": ["importance", "load_cv"],
+        "switch": ["load_balancing"],
+        "st_moe": ["load_balancing", "router_z"],
+        "deepseek_v3": ["sequence_balance"],
+        "base": [],
+        "round_robin": [],
+    }
+    for router, expected in losses.items():
+        assert list(compose(f"router={router}").get("loss") or {}) == expected
+    assert compose("router=deepseek_v3").balancer.rate == 0.001
+    ours = compose("router=deepseek_v3", "balancer=none", "loss=[router_z]")
+    assert not ours.balancer
+    assert list(ours.loss) == ["router_z"]
+
+
+def test_who_leaks(tiny_words: Callable[..., list[str]]) -> None:
+    allowed = "objective.allow_noncausal=true"
+    marks = {r: looks_ahead(built(tiny_words(), f"router={r}", allowed).backbone)
+             for r in ("token_choice", "gshard", "sinkhorn", "expert_choice")}  # fmt: skip
+    assert marks == {
+        "token_choice": "no",
+        "gshard": "in training",
+        "sinkhorn": "in training",
+        "expert_choice": "in evaluation",
+    }
+
+
+@pytest.mark.parametrize("pattern", ["descending", "wave"])
+def test_layerwise_experts(pattern: str, tiny_words: Callable[..., list[str]]) -> None:
+    words = [f"schedule=[{pattern}]", "schedule.layerwise.total=12", "backbone.num_layers=3"]
+    objective = built(tiny_words(), *words, "router.top_k=1", "router.normalize_weights=false")
+    assert objective.backbone.count_parameters()["experts"] == 12
+    rehearse(objective)
