@@ -18,7 +18,7 @@ from routerlab.bench.router_contestants import (
     goal_of,
     layer_losses,
 )
-from routerlab.bench.step import StepSize, _Work
+from routerlab.bench.step import StepSize, Work
 from routerlab.bench.timing import Ratio, interleave
 from routerlab.core.protocols import LayerLoss
 from routerlab.core.routing import RouterOutput, RoutingContext
@@ -182,7 +182,7 @@ def _in_a_step(
     losses: Mapping[str, LayerLoss], settings: Settings, size: StepSize
 ) -> tuple[dict[str, RouterRow], float]:
     """Rows of losses on weights, over all layers, and the milliseconds of a step without them."""
-    work = _Work(size, settings)
+    work = Work(size, settings)
     layers = [module for module in work.backbone.modules() if isinstance(module, MoE)]
 
     def step(loss: LayerLoss) -> None:

@@ -64,7 +64,7 @@ def bench_step(settings: Settings, size: StepSize | None = None) -> StepShare:
     """The shares, from steps with nothing, with losses and with both that take turns."""
     torch.manual_seed(settings.seed)
     size = size or StepSize()
-    work = _Work(size, settings)
+    work = Work(size, settings)
     losses = {"load_balancing": LoadBalancingLoss(), "router_z": RouterZLoss()}
     contestants = {
         "losses": work.step(losses, due=False),
@@ -93,7 +93,7 @@ def all_diagnostics() -> dict[str, Diagnostic]:
     }
 
 
-class _Work:
+class Work:
     """One model, its batches, and training steps without trainer and optimizer."""
 
     def __init__(self, size: StepSize, settings: Settings) -> None:

@@ -18,7 +18,7 @@ COMMANDS = {
         "routerlab.cli.audit_loss",
         "what other frameworks' balancing losses say of a routing",
     ),
-    "bench": ("routerlab.bench.command", "measure the MoE layer, or the routers"),
+    "bench": ("routerlab.bench.command", "measure the MoE layer, or every router against it"),
     "doctor": ("routerlab.cli.doctor", "look at this machine and run a self-test"),
 }
 
