@@ -1,17 +1,23 @@
 """Every router of configs/router takes an optimizer step under the config of its own file."""
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from routerlab.analysis.compare import compare
 from routerlab.objectives.causal_lm import CausalLM, looks_ahead
 from routerlab.objectives.rehearsal import rehearse
 from routerlab.objectives.router_state import update_routers
 from routerlab.objectives.sampling import repeat
 from routerlab.training.assemble import build_objective
 from routerlab.training.config import available, compose
+from routerlab.training.evaluate import load_objective
+from routerlab.training.run_directory import RunDirectory
+from routerlab.training.summary import print_headline
 
 LEAKING = {"expert_choice", "expert_choice_capped"}
 
@@ -78,3 +84,36 @@ def test_layerwise_experts(pattern: str, tiny_words: Callable[..., list[str]]) -
     objective = built(tiny_words(), *words, "router.top_k=1", "router.normalize_weights=false")
     assert objective.backbone.count_parameters()["experts"] == 12
     rehearse(objective)
+
+
+def test_a_leaking_run_is_marked_everywhere(
+    train: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(
+        "router=expert_choice", "objective.allow_noncausal=true", "name=leaks",
+        "loss=[router_z]", logger="logger=[wandb]",
+    )  # fmt: skip
+    clean = train("name=clean", "data.final_val_windows=8", "schedule=[linear]",
+                  "schedule.linear.target=router.top_k", "schedule.linear.start=3",
+                  "schedule.linear.end=1.6")  # fmt: skip
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["looks_ahead"] == "in evaluation"
+    assert summary["layers"][0]["experts_per_token"] == pytest.approx(2)
+    table = compare([run, clean])
+    assert table["looks_ahead"].tolist() == ["in evaluation", "no"]
+    report = (run / "report.html").read_text()
+    assert 'id="leak"' in report
+    assert "leaking the future" in report
+    assert 'id="leak"' not in (clean / "report.html").read_text()
+    print_headline(RunDirectory.existing(run))
+    assert "leaks the future" in " ".join(capsys.readouterr().out.split())
+    summary = json.loads((clean / "summary.json").read_text())
+    assert summary["layers"][0]["experts_per_token"] == 2  # 3, then 2: rounded
+
+
+def test_evaluating_a_checkpoint_uses_the_schedule_at_its_step(train: Callable[..., Path]) -> None:
+    words = ["schedule=[step]", "schedule.step.target=router.top_k", "schedule.step.values=[3,1]"]
+    run = train("name=scheduled", "router.normalize_weights=false", *words,
+                "schedule.step.boundaries=[0.5]")  # fmt: skip
+    objective, *_ = load_objective(RunDirectory.existing(run))
+    assert [r.top_k for r in objective._routers().values()] == [1, 1]

@@ -26,8 +26,8 @@ HEAD = """\
 Written by `routerlab certify router=all --write docs/routers.md`; do not edit.
 
 - **causal**: in training and evaluation a token's routing depends on no later token, and on other
-  sequences only where earlier ones stand in the same queue (the capacity of `switch`); "training looks
-  ahead" where that holds in evaluation only.
+  sequences only where earlier ones stand in the same queue (the capacity of `switch`);
+  "training looks ahead" where that holds in evaluation only.
 - **balance**: what is promised; and measured, the largest load over the mean load, minus 1, on
   skewed tokens in training mode, without losses, with frozen weights of unit logits, after {steps}
   updates of the router's own, if it makes any. 0 is perfect, {worst:g} is all tokens on the same
