@@ -6,6 +6,7 @@ of means.
 """
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,32 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from routerlab.core.protocols import AuxLoss
+from routerlab.balancers.expert_bias import ExpertBias
 from routerlab.diagnostics.collection import flatten
+from routerlab.losses.expert_router_coupling import ExpertRouterCouplingLoss
+from routerlab.losses.importance import ImportanceLoss
 from routerlab.losses.load_balancing import LoadBalancingLoss
+from routerlab.losses.mutual_information import MutualInformationLoss
 from routerlab.losses.router_z import RouterZLoss
+from routerlab.losses.sequence_balance import SequenceBalanceLoss
 from routerlab.objectives.causal_lm import CausalLM
 from routerlab.objectives.step import all_reduce, rank, split_batch, world_size
+from routerlab.routers.token_choice import TokenChoice
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import objective, tiny_batch, tiny_decoder
 
 Result = dict[str, Any]  # terms, gradients, scalars, distributions
 
 
-def losses(scope: str) -> dict[str, AuxLoss]:
+def losses(scope: str) -> dict[str, Any]:
+    """Those of a scope; ``hard``: not linear in sums over tokens, or on weights with noise."""
+    if scope == "hard":
+        return {
+            "importance": ImportanceLoss(0.5),
+            "mutual_information": MutualInformationLoss(0.5),
+            "sequence_balance": SequenceBalanceLoss(0.5),
+            "coupling": ExpertRouterCouplingLoss(0.5, alpha=0.5),
+        }
     return {"balance": LoadBalancingLoss(0.5, scope), "router_z": RouterZLoss(0.1)}
 
 
@@ -95,7 +109,7 @@ def by_the_formula(scope: str) -> tuple[dict[str, float], Tensor]:
 
 @pytest.fixture(scope="module")
 def whole() -> dict[str, Result]:
-    return {scope: take_step(scope, 1) for scope in ("global", "sequence")}
+    return {scope: take_step(scope, 1) for scope in ("global", "sequence", "hard")}
 
 
 @pytest.mark.parametrize("scope", ["global", "sequence"])
@@ -113,7 +127,7 @@ def test_one_micro_batch_is_the_formula(whole: dict[str, Result], scope: str) ->
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 2, 4, 8])
-@pytest.mark.parametrize("scope", ["global", "sequence"])
+@pytest.mark.parametrize("scope", ["global", "sequence", "hard"])
 def test_micro_batches(
     whole: dict[str, Result], scope: str, micro_batches: int, recompute: bool
 ) -> None:
@@ -136,8 +150,11 @@ def test_the_ladder_can_fail() -> None:
 
 
 def train(micro_batches: int, path: Path) -> dict[str, Tensor]:
-    """Two steps by a Trainer; the weights afterwards."""
-    model = objective(tiny_decoder(), losses("global"), micro_batches=micro_batches)
+    """Two steps by a Trainer with a balancer and all losses; the whole state afterwards."""
+    router = partial(TokenChoice, init_std=1.0, balancer=partial(ExpertBias, rate=0.125))
+    model = objective(
+        tiny_decoder(router=router), losses("global") | losses("hard"), micro_batches=micro_batches
+    )
     batches = [
         {k: v.tensor_split(world_size())[rank()] for k, v in tiny_batch(8, seed=seed).items()}
         for seed in (1, 2)
@@ -148,7 +165,9 @@ def train(micro_batches: int, path: Path) -> dict[str, Tensor]:
         enable_model_summary=False, use_distributed_sampler=False, default_root_dir=path,
     )  # fmt: skip
     trainer.fit(model, DataLoader(batches, batch_size=None))
-    return {name: p.detach() for name, p in model.named_parameters()}
+    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    assert any("balancer.bias" in name and value.any() for name, value in state.items())
+    return state
 
 
 def _train_on_each_rank(path: Path) -> list[dict[str, Tensor]]:
@@ -170,7 +189,7 @@ def test_two_processes_of_lightning(tmp_path: Path) -> None:
 
 def _on_each_rank() -> list[Result]:
     results = []
-    for scope in ("global", "sequence"):
+    for scope in ("global", "sequence", "hard"):
         for micro_batches, recompute in ((1, False), (4, True)):
             results.append(take_step(scope, micro_batches, recompute))
     dist.barrier()
@@ -183,4 +202,4 @@ def test_two_processes(whole: dict[str, Result], tmp_path: Path) -> None:
         assert a["terms"] == b["terms"]
         assert a["scalars"] == b["scalars"]
         for result in (a, b):
-            check_same(result, whole["global" if index < 2 else "sequence"])
+            check_same(result, whole[("global", "sequence", "hard")[index // 2]])
