@@ -15,11 +15,16 @@ from routerlab.training.config import ConfigError, compose
 from routerlab.training.train import train as start
 from tests.training.test_train import rows
 
-# What a resumed run must repeat: dropped tokens, router noise, micro-batches, validation.
+# What a resumed run must repeat: dropped tokens, router noise, a bias that moves every step, a
+# schedule, micro-batches, validation.
 STATEFUL = (
     "router.jitter_eps=0.1",
     "router.capacity_factor=1.0",
-    "objective.allow_noncausal=true",
+    "balancer=expert_bias",
+    "schedule=[linear]",
+    "schedule.linear.target=router.capacity_factor",
+    "schedule.linear.start=2.0",
+    "schedule.linear.end=0.5",
     "objective.micro_batches=2",
     "trainer.max_steps=12",
     "trainer.val_check_interval=4",
