@@ -23,11 +23,11 @@ class Gate(nn.Linear):
         super().__init__(d_model, num_experts, bias=False)
         nn.init.normal_(self.weight, std=init_std)
 
-    def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
+    def forward(self, input: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         """Logits in float32 (float64 for float64 tokens)."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with full_precision(x):
-            return F.linear(x.to(dtype), self.weight.to(dtype))
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        with full_precision(input):
+            return F.linear(input.to(dtype), self.weight.to(dtype))
 
 
 def full_precision(x: Tensor) -> torch.autocast:
