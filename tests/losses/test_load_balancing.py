@@ -8,7 +8,7 @@ from torch import Tensor
 
 from routerlab.core.routing import RouterOutput, RoutingContext, StepTotals
 from routerlab.losses.load_balancing import LoadBalancingLoss
-from tests.helpers.records import ex_a, random_record, record
+from tests.helpers.records import EX_A_PICKS, EX_A_PROBS, ex_a, random_record, record
 
 SCOPES = ["micro_batch", "sequence", "global"]
 
@@ -237,3 +237,16 @@ def test_shares_add_up_to_the_whole(scope: str) -> None:
     )
     expected = LoadBalancingLoss(scope=scope)(whole, RoutingContext(4, 3))
     torch.testing.assert_close(shares(parts, scope), expected)
+
+
+def test_first_choices_only() -> None:
+    # preferred experts 0, 0, 3, 0: f = [.75, 0, 0, .25]; P = [.375, .2, .2, .225]
+    loss = LoadBalancingLoss(counts="first")
+    assert float(loss(ex_a())) == pytest.approx(4 * (0.75 * 0.375 + 0.25 * 0.225))
+    valid = torch.tensor([True, True, True, False])  # padding prefers nothing
+    padded = record(EX_A_PROBS, EX_A_PICKS, valid=valid)
+    assert loss.step_sums(padded).tolist() == [2, 0, 0, 1]
+    with pytest.raises(ValueError, match="counts='first' goes with scope='global'"):
+        LoadBalancingLoss(counts="first", scope="sequence")
+    with pytest.raises(ValueError, match="counts='second'.*'all', 'first'"):
+        LoadBalancingLoss(counts="second")

@@ -33,9 +33,7 @@ def test_half_precision_logits_are_judged_in_float32() -> None:
 
 
 class LooksAround(TokenChoice):
-    def __init__(self, **changes: Any) -> None:
-        super().__init__(**changes)
-        self.causal = False
+    causal = False
 
 
 @pytest.mark.parametrize("router", [LooksAround, partial(TokenChoice, eval_capacity_factor=1.0)])

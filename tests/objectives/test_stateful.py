@@ -18,14 +18,14 @@ from routerlab.losses.load_balancing import LoadBalancingLoss
 from routerlab.losses.load_cv import LoadCVLoss
 from routerlab.losses.mutual_information import MutualInformationLoss
 from routerlab.objectives import sampling
-from routerlab.objectives.causal_lm import looks_ahead
+from routerlab.objectives.lookahead import looks_ahead
 from routerlab.objectives.rehearsal import rehearse
 from routerlab.objectives.routed import RoutedObjective
 from routerlab.objectives.router_state import update_routers
 from routerlab.objectives.step import split_batch
 from routerlab.routers.subset_sampling import SubsetSampling
 from routerlab.routers.token_choice import TokenChoice
-from routerlab.schedules.progress import Linear
+from routerlab.schedules.progress import Linear, Step
 from tests.helpers.models import objective, tiny_batch, tiny_decoder
 from tests.helpers.records import random_record
 
@@ -141,7 +141,14 @@ def test_schedules_set_losses_routers_and_balancers() -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["loss.other.weight", "router.capacity_factor", "balancer.rate", "optimizer.lr", "router"],
+    [
+        "loss.other.weight",
+        "router.capacity_factor",
+        "router.num_experts",
+        "balancer.rate",
+        "optimizer.lr",
+        "router",
+    ],
 )
 def test_targets_that_this_run_does_not_have_are_refused(target: str) -> None:
     schedules = {"a": Linear(target, 1.0, 0.0)}
@@ -241,3 +248,36 @@ def test_contexts_of_a_step_share_one_seed() -> None:
     assert draws[0] == draws[1] != contexts[0].step_generator(torch.device("cpu")).initial_seed()
     assert isinstance(RoutingContext(1, 1).step_generator(torch.device("cpu")), torch.Generator)
     assert math.isfinite(run(model)[0]["loss"])
+
+
+# -- schedules, looked at closely -----------------------------------------------------------------
+
+
+def test_a_knob_stays_a_float_whatever_whole_number_it_starts_from() -> None:
+    loss = LoadBalancingLoss(weight=1.0)
+    loss.weight = 0  # as a yaml may say
+    schedules = {"a": Step("loss.lbl.weight", [0, 0.01], [0.5])}
+    model = with_router(TokenChoice, {"lbl": loss}, schedules=schedules)
+    model.schedules.apply(0.0)
+    model.schedules.apply(0.6)
+    assert loss.weight == 0.01
+
+
+def test_a_leak_that_comes_with_a_schedule_is_seen() -> None:
+    # one choice a token queues in order; two look ahead
+    router = partial(TokenChoice, top_k=1, normalize_weights=False, eval_capacity_factor=1.0)
+    schedules = {"a": Linear("router.top_k", 1, 2)}
+    assert with_router(router).looks_ahead == "no"
+    with pytest.raises(ValueError, match="allow_noncausal=true"):
+        with_router(router, schedules=schedules)
+    model = with_router(router, schedules=schedules, allow_noncausal=True)
+    assert model.looks_ahead == "in evaluation"
+    assert [r.top_k for r in model._routers().values()] == [1, 1]  # back at the start
+
+
+def test_constant_weights_follow_a_scheduled_top_k() -> None:
+    model = sampled(schedules={"a": Linear("router.top_k", 4, 1)})
+    model.schedules.apply(1.0)
+    batch = tiny_batch()
+    out = model.eval().backbone(batch["input_ids"], model.context(batch, 0, 0))
+    assert all((r.combine_weights == 1).all() for r in out.router_outputs.values())

@@ -41,6 +41,7 @@ CASES = {
     "trainer.accelerator=abacus": ["trainer:", "abacus"],
     "trainer.devices=0": ["trainer.devices=0", "at least 1"],
     "trainer.precision=16-mixed": ["trainer.precision=16-mixed", "bf16-mixed"],
+    "trainer.precision=bf16-true": ["trainer.precision=bf16-true", "bf16-mixed"],
     "trainer.precision=12": ["trainer:", "12"],
     "trainer.val_check_interval=0": ["trainer.val_check_interval=0", "whole number"],
     "optimizer.optimizer.lr=-1.0": ["optimizer:", "-1.0"],

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from routerlab.analysis.compare import compare
-from routerlab.objectives.causal_lm import CausalLM, looks_ahead
+from routerlab.objectives.causal_lm import CausalLM
+from routerlab.objectives.lookahead import looks_ahead
 from routerlab.objectives.rehearsal import rehearse
 from routerlab.objectives.router_state import update_routers
 from routerlab.objectives.sampling import repeat
 from routerlab.training.assemble import build_objective
 from routerlab.training.config import available, compose
-from routerlab.training.evaluate import load_objective
+from routerlab.training.evaluate import evaluate, load_objective
 from routerlab.training.run_directory import RunDirectory
 from routerlab.training.summary import print_headline
 
@@ -117,3 +118,7 @@ def test_evaluating_a_checkpoint_uses_the_schedule_at_its_step(train: Callable[.
                 "schedule.step.boundaries=[0.5]")  # fmt: skip
     objective, *_ = load_objective(RunDirectory.existing(run))
     assert [r.top_k for r in objective._routers().values()] == [1, 1]
+    found = evaluate(compose(f"run={run}", "max_val_windows=null", config_name="eval"))
+    summary = json.loads((run / "summary.json").read_text())
+    assert found["metrics"]["val/loss"] == summary["val"]["loss"]
+    assert found["metrics"]["val/router/layers.00/experts_per_token"] == 1

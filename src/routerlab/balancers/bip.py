@@ -25,7 +25,8 @@ class BIP(nn.Module):
     - ``causal``: the micro-batch is routed with the prices of the steps before, then solved. No
       leak; balance lags a step (Su, Quantile Balancing);
     - ``online``: tokens come one by one, in the order of the batch; a token's choice depends on the
-      tokens before it, also of other sequences. A loop on the host: slow.
+      tokens before it, also of other sequences, and each micro-batch begins anew (the kept prices
+      are those of its first token). A loop on the host: slow.
 
     Each micro-batch of each rank is a batch of its own; the kept prices are their mean
     [reconstructed].

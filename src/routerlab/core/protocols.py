@@ -29,7 +29,11 @@ class Router(Protocol):
     """
 
     num_experts: int
-    causal: bool
+
+    @property
+    def causal(self) -> bool:
+        """False where evaluation looks at later tokens."""
+        ...
 
     def __call__(self, x: Float[Tensor, "T D"], context: RoutingContext | None) -> RouterOutput: ...
 
@@ -41,8 +45,15 @@ class Balancer(Protocol):
     The bias changes which experts are picked and never a combine weight.
     """
 
-    causal: bool
-    causal_training: bool
+    @property
+    def causal(self) -> bool:
+        """False where evaluation looks at later tokens."""
+        ...
+
+    @property
+    def causal_training(self) -> bool:
+        """The same in training."""
+        ...
 
     def __call__(
         self,
@@ -120,8 +131,8 @@ class LayerLoss(Protocol):
     weight: float
 
     def of_layer(self, layer: Any, context: RoutingContext | None = None) -> Float[Tensor, ""]:
-        """The loss of a layer with ``router`` and ``experts`` (a `MoE`). Noise is drawn from
-        ``context.seed`` and is the same on all ranks.
+        """The loss of a layer with ``router`` and ``experts`` (a `MoE`). Noise comes from
+        ``context.step_generator``, which is the same on all ranks.
         """
         ...
 

@@ -25,20 +25,30 @@ class LoadBalancingLoss(nn.Module):
       know whose picks were dropped.
     - ``micro_batch``: the micro-batch of one rank, then the token-weighted mean. The strictest, and
       by its nature dependent on the cut.
+
+    ``counts`` says which picks make f: ``all`` of a token's, or the ``first``, its most probable
+    expert (GShard, arXiv 2006.16668; mesh-TensorFlow, and so ST-MoE).
     """
 
-    def __init__(self, weight: float = 0.01, scope: str = "global") -> None:
+    def __init__(self, weight: float = 0.01, scope: str = "global", counts: str = "all") -> None:
         super().__init__()
         within("weight", weight, 0)
         choice("scope", scope, ("micro_batch", "sequence", "global"))
-        self.weight, self.scope = weight, scope
+        choice("counts", counts, ("all", "first"))
+        if counts == "first" and scope == "sequence":
+            raise ValueError("counts='first' goes with scope='global' or 'micro_batch' only")
+        self.weight, self.scope, self.counts = weight, scope, counts
         self.needs_step_sums = scope == "global"
 
     def step_sums(
         self, output: RouterOutput, context: RoutingContext | None = None
     ) -> Float[Tensor, "E"]:
-        """Requested assignments of each expert."""
-        return output.requests_per_expert.to(output.router_probs.dtype)
+        """Requested assignments of each expert, or tokens that prefer it."""
+        counts = output.requests_per_expert
+        if self.counts == "first":
+            best = output.without_padding(output.router_probs).argmax(-1)
+            counts = count_experts(best, output.num_experts)
+        return counts.to(output.router_probs.dtype)
 
     def forward(
         self,

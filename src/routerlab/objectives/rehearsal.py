@@ -12,7 +12,9 @@ def rehearse(objective: RoutedObjective) -> None:
     """Runs the model, all losses and all diagnostics on a few tokens, so that losses and routers
     that do not fit raise their ``ValueError`` before any training.
     """
-    ids = torch.arange(16).view(2, 8) % 2
+    objective.schedules.apply(0.0)
+    length = min(8, getattr(objective.backbone, "max_positions", 8))
+    ids = torch.arange(2 * length).view(2, length) % 2
     batch = {"input_ids": ids, "labels": ids, "domain": torch.zeros_like(ids[:, 0])}
     context = objective.context(batch, 0, 0)
     records = objective.backbone(ids, context).router_outputs

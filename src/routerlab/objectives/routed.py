@@ -18,6 +18,7 @@ from routerlab.diagnostics.collection import DiagnosticSums, flatten
 from routerlab.objectives import sampling
 from routerlab.objectives.auxiliary import AuxiliaryLosses
 from routerlab.objectives.blame import blame
+from routerlab.objectives.lookahead import worst_mark
 from routerlab.objectives.optimizer import OptimizerRecipe
 from routerlab.objectives.router_state import state_sums, update_routers
 from routerlab.objectives.scheduled import Scheduled
@@ -31,6 +32,7 @@ from routerlab.objectives.step import (
     sum_over_step,
     world_size,
 )
+from routerlab.objectives.validation import validation_scalars
 
 
 class RoutedObjective(pl.LightningModule):
@@ -40,10 +42,11 @@ class RoutedObjective(pl.LightningModule):
 
     All sums run over the whole step, whatever ``micro_batches`` and the number of ranks: those are
     knobs for memory and speed, not for results. The exceptions say so themselves: a capacity
-    (its queue is the micro-batch's), noise (drawn for each micro-batch) and losses of scope
-    ``micro_batch``. Where a loss needs sums of the whole step before the first backward pass
-    (``needs_step_sums``), more than one micro-batch costs a forward pass without gradients to
-    take them; that is the price of exactness.
+    (its queue is the micro-batch's), noise (drawn for each micro-batch), losses of scope
+    ``micro_batch``, and routers and balancers that solve something for each micro-batch (Sinkhorn
+    plans, BIP prices, BASE assignments, expert choice over a batch). Where a loss needs sums of the
+    whole step before the first backward pass (``needs_step_sums``), more than one micro-batch costs
+    a forward pass without gradients to take them; that is the price of exactness.
 
     Routers that sample their choice learn by RLOO: each sequence is run ``num_samples`` times, and
     the losses of these runs weigh the log-probabilities of their choices (`objectives.sampling`).
@@ -96,6 +99,7 @@ class RoutedObjective(pl.LightningModule):
         self.backbone, self.recipe = backbone, optimizer
         self.losses, self.diagnostics = AuxiliaryLosses(losses), dict(diagnostics)
         self.schedules = Scheduled(schedules or {}, losses, list(self._routers().values()))
+        self.looks_ahead = worst_mark(backbone, self.schedules)
         self.policy = sampling.policy_parameters(self._routers().values())
         self.num_samples = sampling.check_num_samples(num_samples, bool(self.policy))
         choice("credit", credit, ("sequence", "reward_to_go"))
@@ -105,6 +109,7 @@ class RoutedObjective(pl.LightningModule):
         self.domains = domains or ["all"]
         self.bytes_per_token = bytes_per_token or [1.0] * len(self.domains)
         self._bytes_per_token = sum(self.bytes_per_token) / len(self.bytes_per_token)
+        self.loaded_step: int | None = None  # of a checkpoint that is only evaluated
         self.validation_result: tuple[dict[str, float], dict[str, list]] = ({}, {})
 
     def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -203,12 +208,14 @@ class RoutedObjective(pl.LightningModule):
             return {}
         if len(parts) == 1:
             return None
-        return sum_over_step(
+        sums = sum_over_step(
             [
                 self.losses.step_sums(self.backbone(p["input_ids"], c).router_outputs, c)
                 for p, c in zip(parts, contexts, strict=True)
             ]
         )
+        torch.clear_autocast_cache()  # its casts were made without gradients
+        return sums
 
     def context(self, batch: Batch, step: int, part: int) -> RoutingContext:
         """What routers may know of a micro-batch."""
@@ -230,6 +237,10 @@ class RoutedObjective(pl.LightningModule):
         max_steps = self.trainer.max_steps if self._trainer is not None else 0
         return min(1.0, step / max_steps) if max_steps > 0 else 0.0
 
+    @property
+    def _steps_taken(self) -> int:
+        return self.global_step if self.loaded_step is None else self.loaded_step
+
     def _layers(self) -> dict[str, Any]:
         """The MoE layers, by the names of their records; none if the backbone does not tell."""
         return getattr(self.backbone, "moe_layers", {})
@@ -240,13 +251,14 @@ class RoutedObjective(pl.LightningModule):
     # -- validation -----------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Starts the sums over the validation set."""
+        """Starts the sums over the validation set, with routers as the steps taken leave them."""
+        self.schedules.apply(self._progress(self._steps_taken))
         self._val_loss = torch.zeros(len(self.domains), 2, dtype=torch.float64, device=self.device)
         self._val_sums = DiagnosticSums(self.diagnostics)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the sums: nothing is averaged before the end."""
-        context = self.context(batch, self.global_step, batch_idx)
+        context = self.context(batch, self._steps_taken, batch_idx)
         out = self.backbone(batch["input_ids"], context)
         losses = self.task_loss(out.logits, batch).double().sum(1)
         rows = torch.stack([losses, self.num_targets(batch).double()], dim=1)
@@ -256,14 +268,8 @@ class RoutedObjective(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Reduces over ranks, then takes means: `validation_result` holds what came out."""
-        loss, count = all_reduce(self._val_loss).cpu().unbind(1)
-        bytes_seen = count * torch.tensor(self.bytes_per_token, dtype=torch.float64)
-        bits = loss / math.log(2)
-        scalars = {"val/loss": float(loss.sum() / count.sum().clamp(min=1))}
-        scalars["val/bits_per_byte"] = float(bits.sum() / bytes_seen.sum().clamp(min=1))
-        for name, b, n in zip(self.domains, bits, bytes_seen, strict=True):
-            if n:
-                scalars[f"val/bits_per_byte/{name}"] = float(b / n)
+        sums = all_reduce(self._val_loss)
+        scalars = validation_scalars(sums, self.domains, self.bytes_per_token)
         routing, distributions = flatten(self._val_sums.values(all_reduce), "val/router")
         self.validation_result = (scalars | routing, distributions)
 

@@ -1,5 +1,6 @@
 """Schedules at work: attributes of losses, routers and balancers that follow training progress."""
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,12 +23,19 @@ class Scheduled:
             for owner in _owners(schedule.target, losses, routers)
         ]
 
-    def apply(self, progress: float) -> None:
-        """Sets all values for a share ``progress`` of training. Whole numbers stay whole."""
+    def __bool__(self) -> bool:
+        return bool(self._items)
+
+    def apply(self, progress: int | float) -> None:
+        """Sets all values for a share ``progress`` of training."""
         for schedule, owner, name in self._items:
-            value = schedule.at(progress)
-            whole = isinstance(getattr(owner, name), int)
-            setattr(owner, name, math.floor(value + 0.5) if whole else value)
+            setattr(owner, name, fitting(schedule.at(progress), type(owner), name))
+
+
+def fitting(value: int | float, owner: type, knob: str) -> int | float:
+    """The value as the knob of a class takes it: whole numbers where its constructor says so."""
+    annotation = inspect.signature(owner).parameters[knob].annotation
+    return math.floor(value + 0.5) if annotation in (int, "int") else float(value)
 
 
 def _owners(
@@ -41,13 +49,16 @@ def _owners(
         owners = list(routers)
     elif room == "balancer" and len(path) == 1:
         owners = [b for r in routers if (b := getattr(r, "balancer", None)) is not None]
-    values = [getattr(owner, path[-1], None) for owner in owners]
-    if not owners or not all(
-        isinstance(v, int | float) and not isinstance(v, bool) for v in values
-    ):
+    if not owners or not all(_is_number(owner, path[-1]) for owner in owners):
         raise ValueError(
             f"schedule target={target!r}: must name a number that this run has: "
             f"loss.<one of {', '.join(losses) or 'none'}>.weight, router.<knob> or "
             "balancer.<knob> (a knob that is null is not a number)"
         )
     return owners
+
+
+def _is_number(owner: Any, knob: str) -> bool:
+    knobs = inspect.signature(type(owner)).parameters
+    fixed = ("d_model", "num_experts")  # shapes
+    return knob in knobs and knob not in fixed and type(getattr(owner, knob, None)) in (int, float)

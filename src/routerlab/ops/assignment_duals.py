@@ -24,11 +24,14 @@ def solve_prices(
     With :math:`c = \lfloor TK/E \rfloor`, :math:`p_t` is the (K+1)-th largest of
     :math:`s_t - q` and :math:`q_i` the (c+1)-th largest of :math:`s_{\cdot,i} - p`, both at least 0
     if ``clip``. ``midpoint`` takes q half-way between the c-th and the (c+1)-th largest, which no
-    token ties with. ``subsample`` reads at most so many evenly spaced tokens. Zero for K = E.
+    token ties with. ``subsample`` reads at most so many evenly spaced tokens. Zero for K = E,
+    ``start`` without tokens.
     """
     num_experts = scores.shape[1]
-    if top_k == num_experts or len(scores) == 0:
+    if top_k == num_experts:
         return torch.zeros_like(start)
+    if len(scores) == 0:
+        return start
     if subsample is not None and len(scores) > subsample:
         places = torch.arange(subsample, device=scores.device) * len(scores) // subsample
         scores = scores[places]

@@ -53,7 +53,7 @@ class SubsetSampling(nn.Module):
         if weight is not None:
             within("weight", weight, 0, above=True)
         self.num_experts, self.top_k = num_experts, top_k
-        self.weight = 1 / top_k if weight is None else weight
+        self.weight = weight
         self.granularity = granularity
         self.causal = granularity == "token"
         self.gate = Gate(d_model, num_experts, init_std)
@@ -82,7 +82,8 @@ class SubsetSampling(nn.Module):
                 log_prob = None if log_prob is None else _at_start(log_prob, length, valid)
             if log_prob is not None and valid is not None:
                 log_prob = torch.where(valid, log_prob, 0.0)
-            weights = torch.full_like(picks, self.weight, dtype=logits.dtype)
+            weight = 1 / self.top_k if self.weight is None else self.weight
+            weights = torch.full_like(picks, weight, dtype=logits.dtype)
             probs = logits.softmax(-1)
         return RouterOutput.from_top_k(
             logits, probs, picks, weights, valid=valid, log_prob=log_prob

@@ -69,8 +69,6 @@ class TokenChoice(nn.Module):
     not ``causal`` in the mode that has a capacity.
     """
 
-    causal: bool
-
     def __init__(
         self,
         d_model: int,
@@ -120,11 +118,6 @@ class TokenChoice(nn.Module):
         self.gate = Gate(d_model, num_experts, init_std)
         self.noise_gate = Gate(d_model, num_experts, 0.0) if noise else None
         self.balancer = None if balancer is None else balancer(num_experts=num_experts)
-        looks_back = top_k == 1 and drop_policy == "position"  # the queue holds earlier tokens only
-        self.causal = eval_capacity_factor is None or looks_back
-        self.causal_training = (capacity_factor is None or looks_back) and (
-            self.balancer is None or self.balancer.causal_training
-        )
         self.order_dependent = getattr(self.balancer, "order_dependent", False) or (
             drop_policy == "position" and (capacity_factor or eval_capacity_factor) is not None
         )
@@ -154,6 +147,22 @@ class TokenChoice(nn.Module):
         return RouterOutput.from_top_k(
             logits, probs, experts, weights, kept=kept, asked=asked, valid=valid, **extras
         )
+
+    @property
+    def causal(self) -> bool:
+        """Whether evaluation looks at no later token."""
+        return self.eval_capacity_factor is None or self._queues_in_order
+
+    @property
+    def causal_training(self) -> bool:
+        """The same in training."""
+        in_order = self.capacity_factor is None or self._queues_in_order
+        return in_order and (self.balancer is None or self.balancer.causal_training)
+
+    @property
+    def _queues_in_order(self) -> bool:
+        """Whether the queue in front of a token holds earlier tokens only."""
+        return self.top_k == 1 and self.drop_policy == "position"
 
     def update(self, requests_per_expert: Int[Tensor, "E"], proposal: Float[Tensor, "E"]) -> None:
         """Hands the counts of an optimizer step to the balancer."""

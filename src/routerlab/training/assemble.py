@@ -1,7 +1,6 @@
 """A config's data, objective and trainer, put together and checked against each other."""
 
 import logging
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from routerlab.objectives.routed import RoutedObjective
+from routerlab.objectives.scheduled import fitting
 from routerlab.schedules.layerwise import LayerwiseExperts
 from routerlab.training.checks import check_fit
 from routerlab.training.config import ConfigError
-from routerlab.training.instantiate import build, build_all, build_backbone
+from routerlab.training.instantiate import build, build_all, build_backbone, with_balancer
 
 
 def build_data(cfg: DictConfig) -> Any:
@@ -86,22 +86,27 @@ def corpus_identity(data: Any) -> dict[str, Any]:
     return {key: data.corpus.meta[key] for key in ("domains", "sources", "tokens", "bytes")}
 
 
-def check_schedules(cfg: DictConfig) -> None:
+def check_schedules(cfg: DictConfig, objective: RoutedObjective) -> None:
     """Builds what a schedule moves with each extreme value, so that its constructor refuses what it
     would refuse in a config.
     """
+    backbone: Any = objective.backbone
+    router = next(iter(backbone.moe_layers.values())).router
+    sizes = {"d_model": cfg.backbone.d_model, "num_experts": router.num_experts}
     for name, node in (cfg.get("schedule") or {}).items():
         schedule = build(node)
         if isinstance(schedule, LayerwiseExperts):
             continue
-        room, *path = schedule.target.split(".")
-        *_, knob = path
+        room, *path, knob = schedule.target.split(".")
         for value in schedule.extremes():
             wide = cfg.copy()
-            owner = wide.loss[path[0]] if room == "loss" else wide[room]
-            owner[knob] = math.floor(value + 0.5) if isinstance(owner[knob], int) else value
+            if room == "loss":
+                owner, part = objective.losses.by_name[path[0]], wide.loss[path[0]]
+            else:
+                owner, part = (router if room == "router" else router.balancer), wide[room]
+            part[knob] = fitting(value, type(owner), knob)
             try:
-                build(owner) if room == "loss" else build_backbone(wide)
+                build(part) if room == "loss" else with_balancer(wide)(**sizes)
             except ValueError as error:
                 raise ConfigError(f"schedule.{name}: {error}") from error
 
@@ -125,6 +130,9 @@ def check_batch(cfg: DictConfig, world_size: int) -> None:
     size, pieces = cfg.data.batch_size, cfg.objective.micro_batches
     if size % world_size:
         raise ConfigError(f"data.batch_size={size}: not a multiple of the {world_size} processes")
+    for key in ("max_val_windows", "final_val_windows"):
+        if (windows := cfg.data.get(key)) is not None and windows < world_size:
+            raise ConfigError(f"data.{key}={windows}: must be at least the {world_size} processes")
     if pieces > size // world_size:
         raise ConfigError(
             f"objective.micro_batches={pieces}: must be at most the {size // world_size} sequences "

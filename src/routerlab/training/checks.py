@@ -43,6 +43,11 @@ def check_trainer(cfg: DictConfig) -> None:
         raise ConfigError("trainer.accelerator=mps: Metal has no float64, which sums need; use cpu")
     if isinstance(devices, int) and devices < 1:
         raise ConfigError(f"trainer.devices={devices}: must be at least 1")
+    if str(cfg.trainer.precision) in ("bf16-true", "16-true"):
+        raise ConfigError(
+            f"trainer.precision={cfg.trainer.precision}: routers, biases and prices must stay in "
+            "float32; use bf16-mixed"
+        )
     if str(cfg.trainer.precision).startswith("16"):
         raise ConfigError(
             f"trainer.precision={cfg.trainer.precision}: its loss scale would distort the gradient "

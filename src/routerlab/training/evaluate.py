@@ -25,6 +25,7 @@ def load_objective(
     objective = assemble.build_objective(cfg, data)
     saved = torch.load(path, map_location="cpu", weights_only=True)
     objective.load_state_dict(saved["state_dict"])
+    objective.loaded_step = saved["global_step"]
     objective.schedules.apply(min(1.0, saved["global_step"] / cfg.trainer.max_steps))
     return objective, data, path
 

@@ -6,7 +6,6 @@ import lightning.pytorch as pl
 from rich.console import Console
 from rich.table import Table
 
-from routerlab.objectives.causal_lm import looks_ahead
 from routerlab.objectives.routed import RoutedObjective
 from routerlab.training.callbacks.metrics import Metrics
 from routerlab.training.run_directory import RunDirectory
@@ -47,7 +46,7 @@ def summarize(
         "train_seconds": metrics.train_seconds,
         "tokens_per_second": metrics.tokens / max(metrics.train_seconds, 1e-9),
         "parameters": backbone.count_parameters(),
-        "looks_ahead": looks_ahead(backbone),
+        "looks_ahead": objective.looks_ahead,
         "val": {
             "loss": scalars["val/loss"],
             "bits_per_byte": scalars["val/bits_per_byte"],

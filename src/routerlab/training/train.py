@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from routerlab.analysis import trace
-from routerlab.objectives.causal_lm import looks_ahead
 from routerlab.objectives.rehearsal import rehearse
 from routerlab.objectives.routed import RoutedObjective
 from routerlab.training import assemble
@@ -46,7 +45,7 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
     objective = assemble.build_objective(cfg, data)
     assemble.check_batch(cfg, _world_size(cfg))
     assemble.check_recipe(cfg, objective)
-    assemble.check_schedules(cfg)
+    assemble.check_schedules(cfg, objective)
     rehearse(objective)
     if run is not None:
         _check_corpus(run, data)
@@ -77,7 +76,7 @@ def _fit(
     extra: dict[str, pl.Callback],
 ) -> None:
     files, metrics = MetricsFiles(run.path), Metrics()
-    loggers = [files, *_loggers(cfg, run, looks_ahead(objective.backbone))]
+    loggers = [files, *_loggers(cfg, run, objective.looks_ahead)]
     if "checkpoint" in extra:
         extra["checkpoint"].dirpath = str(run.path / "checkpoints")  # type: ignore[attr-defined]
     first = [Reseed(cfg.seed), metrics, MissedValidation(files)]
