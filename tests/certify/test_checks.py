@@ -126,11 +126,11 @@ def test_a_part_of_a_router_speaks_for_it() -> None:
 def test_a_queue_is_caught_if_it_denies_it() -> None:
     """Second choices wait for all first choices, and so for later tokens."""
 
+    class Denying(TokenChoice):
+        causal_training = True
+
     def build(**sizes: int) -> nn.Module:
-        router = TokenChoice(**sizes, top_k=2, capacity_factor=1.0)
-        assert not router.causal_training
-        router.causal_training = True
-        return router
+        return Denying(**sizes, top_k=2, capacity_factor=1.0)
 
     for check in ("leak: router, train", "leak: model, train"):
         assert run_check(check, CHECKS[check], Subject("it", build)).status == "fail"
