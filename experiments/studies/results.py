@@ -56,6 +56,8 @@ def read_run(path: Path) -> Row:
     found["bits_per_byte"] = summary["val"]["bits_per_byte"]
     found |= _of_last(rows, "val/router/mean/")  # of the curve: some are not in the summary
     found |= {k: _mean(layer[k] for layer in layers) for k in layers[0] if k != "layer"}
+    coupling = _of_last(rows, "loss/expert_router_coupling/")  # its probe, at the last logged step
+    found |= {f"coupling_{k}": v for k, v in coupling.items() if k != "weighted"}
     found |= _violations(rows)
     speeds = [row["train/tokens_per_second"] for row in rows if "train/tokens_per_second" in row]
     per_step = summary["tokens"] / summary["steps"]

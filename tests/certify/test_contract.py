@@ -14,16 +14,27 @@ from routerlab.certify.probes import D_MODEL, SIZES, Probe, probe
 from routerlab.certify.subject import Subject
 
 ROUTERS = rl.available("router")
+VARIANTS = {  # what a router's own file does not switch on
+    "ssr, plan on every step": ("selective_sinkhorn", "router.p=1.0"),
+    "sinkhorn, unrolled": ("sinkhorn", "router.ot_grad=unroll"),
+    "thresholds": ("expert_choice", "router.inference=thresholds"),
+    "percentile of the batch": ("dynamoe", "router.mode=percentile_batch"),
+    "absolute threshold": ("dynamoe", "router.mode=absolute"),
+    "cumulative": ("dynamoe", "router.mode=cumulative"),
+    "one draw a sequence": ("subset_sampling", "router.granularity=sequence"),
+    "bip": ("token_choice", "balancer=bip"),
+}
 
 
 @cache
 def subject(name: str) -> Subject:
     """Composing a config takes half a second: once for all checks."""
-    return Subject.of(name)
+    router, *words = VARIANTS.get(name, (name,))
+    return Subject.of(router, words)
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", [*ROUTERS, *VARIANTS])
 def test_contract(name: str, check: str) -> None:
     result = run_check(check, CHECKS[check], subject(name))
     assert result.status in ("pass", "declared"), f"{name}: {result.reason}"

@@ -143,3 +143,4 @@ def _check_extras(output: RouterOutput, num_tokens: int, where: str) -> None:
         require(((chances >= 0) & (chances <= 1 + 1e-5)).all(), f"selection_probs {where}")
     if output.proposal is not None:
         require(output.proposal.ndim == 1, f"proposal is no vector {where}")
+        require(output.proposal.isfinite().all(), f"proposal is not finite {where}")

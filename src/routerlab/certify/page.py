@@ -25,13 +25,15 @@ HEAD = """\
 
 Written by `routerlab certify router=all --write docs/routers.md`; do not edit.
 
-- **causal**: in training and evaluation a token's routing depends on no later token, and on other
-  sequences only where earlier ones stand in the same queue (the capacity of `switch`);
+- **causal**: in training and evaluation a token's routing depends on what no later token holds, and
+  not on other sequences, except for places in line: in `switch` earlier sequences stand in the same
+  queue (and the number of all tokens makes the capacity), `round_robin` counts the tokens before.
   "training looks ahead" where that holds in evaluation only.
-- **balance**: what is promised; and measured, the largest load over the mean load, minus 1, on
-  skewed tokens in training mode, without losses, with frozen weights of unit logits, after {steps}
-  updates of the router's own, if it makes any. 0 is perfect, {worst:g} is all tokens on the same
-  {k} of {e} experts.
+- **balance**: what is promised; and measured, the largest requested load (before a capacity drops
+  any) over the mean, minus 1, on skewed tokens in training mode, without losses, with frozen
+  weights of unit logits, after {steps} updates of the router's own, if it makes any. 0 is
+  perfect; {worst:g} is all tokens on the same {k} of {e} experts (15 where a token has one).
+  `hash` saw 64 ids, all equally often.
 - **cost**: forward and backward of the router alone over that of `{reference}`
   (T={t}, D={d}, E={e}, K={k}, or 1 where that is the router's idea); the median of interleaved
   runs on one CPU, good to a tenth or so.

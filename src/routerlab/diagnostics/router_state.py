@@ -1,4 +1,4 @@
-"""Where the state stands that a router keeps between steps: bias, prices, thresholds."""
+"""What routers with state ask of it each step: bias, prices, thresholds."""
 
 from collections.abc import Mapping
 

@@ -25,7 +25,7 @@ class TsallisEntropyLoss(nn.Module):
 
     Args:
         weight: of the loss, of any sign (negative flattens).
-        entropic_index: q, above 0.
+        entropic_index: q, above 0; within 0.01 of 1 it is taken as 1, Shannon's.
         eps: :math:`\epsilon`.
     """
 
@@ -53,13 +53,16 @@ class TsallisEntropyLoss(nn.Module):
         return values.sum() / totals.num_tokens
 
 
+_SHANNON = 0.01  # this close to 1, eps over (q - 1) would outweigh the entropy
+
+
 def tsallis_entropy(
     probs: Float[Tensor, "*batch E"], entropic_index: float = 1.1, eps: float = 1e-5
 ) -> Float[Tensor, "*batch"]:
     """Tsallis entropy over that of the uniform distribution, with a finite gradient at p = 0."""
     q, num_experts = entropic_index, max(probs.shape[-1], 2)
     shifted = probs + eps
-    if q == 1:
+    if abs(q - 1) < _SHANNON:
         return entropy(shifted) / math.log(num_experts)
     powers = shifted.clamp(min=torch.finfo(probs.dtype).tiny).pow(q - 1)
     return (1 - (shifted * powers).sum(-1)) / (1 - num_experts ** (1 - q))

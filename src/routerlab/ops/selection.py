@@ -45,11 +45,11 @@ def nucleus(
 ) -> Bool[Tensor, "T E"]:
     """The largest probabilities whose sum reaches ``top_p``, between ``min_experts`` and
     ``max_experts`` of them; without ``include_crossing`` the longest run whose sum stays within it.
-    Negative values (noise) count as 0.
+    Negative values (noise) count as 0; a sum may exceed ``top_p`` by rounding, 1e-6.
     """
     ordered, order = probs.clamp(min=0).sort(dim=-1, descending=True, stable=True)
     mass = ordered.cumsum(-1)
-    kept = F.pad(mass[:, :-1], (1, 0)) < top_p if include_crossing else mass <= top_p
+    kept = F.pad(mass[:, :-1], (1, 0)) < top_p if include_crossing else mass <= top_p + 1e-6
     rank = torch.arange(probs.shape[-1], device=probs.device)
     kept = kept | (rank < min_experts)
     if max_experts is not None:

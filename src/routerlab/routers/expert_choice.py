@@ -24,8 +24,9 @@ class ExpertChoice(nn.Module):
     A token's experts depend on later tokens, so a causal language model leaks the future in
     training. ``inference="thresholds"`` makes evaluation causal [reconstructed]: a token goes to
     every expert whose score exceeds that expert's threshold, a running mean of its k-th largest
-    score in training. Loads are then equal in expectation only. Before the first update there are
-    no thresholds, and a token goes to its best ceil(c) experts.
+    score in training. A token then has nearly c experts on average where k is large (1.96 of 2 at
+    k = 32) and fewer where it is small (half at k = 1). Before the first update there are no
+    thresholds, and a token goes to its best ceil(c) experts.
 
     With ``max_experts_per_token`` (section 3.3) a token has at most b experts: tokens are picked
     from the plan of `ops.capped_choice`. Its solver is slow: a sweep costs about eight softmaxes
@@ -81,7 +82,6 @@ class ExpertChoice(nn.Module):
         within("momentum", momentum, 0, 1, below=True)
         within("noise_std", noise_std, 0)
         self.num_experts, self.capacity_factor = num_experts, capacity_factor
-        self.top_k = float(capacity_factor)  # a mean
         self.group, self.inference = group, inference
         self.max_experts_per_token, self.cap_repair = max_experts_per_token, cap_repair
         self.cap_temperature, self.cap_iterations = cap_temperature, cap_iterations
@@ -119,6 +119,11 @@ class ExpertChoice(nn.Module):
         self.num_updates += 1
         rate = (1 / self.num_updates).clamp(min=1 - self.momentum).to(self.thresholds)
         self.thresholds.lerp_(proposal.to(self.thresholds), rate)
+
+    @property
+    def top_k(self) -> float:
+        """Mean experts per token."""
+        return float(self.capacity_factor)
 
     def slots(self, num_tokens: int) -> int:
         """Tokens that an expert takes of a group of so many."""

@@ -52,7 +52,11 @@ class SelectiveSinkhorn(Sinkhorn):
             raise ValueError(f"noise_std={noise_std}: without effect with noise_branch='none'")
         self.p, self.granularity = p, granularity
         self.noise_branch, self.noise_std = noise_branch, noise_std
-        self.causal_training = p == 0
+
+    @property
+    def causal_training(self) -> bool:
+        """False where any training step may draw the plan."""
+        return self.p == 0
 
     def _training_scores(self, logits: Tensor, context: RoutingContext | None) -> Tensor:
         if not self._draws_plan(context):

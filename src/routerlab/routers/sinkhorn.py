@@ -40,7 +40,11 @@ class Sinkhorn(nn.Module):
     """
 
     causal = True
-    causal_training: bool = False
+
+    @property
+    def causal_training(self) -> bool:
+        """False: the plan sees all tokens of the micro-batch."""
+        return False
 
     def __init__(
         self,
