@@ -33,4 +33,8 @@ def test_the_router_of_the_text_trains_two_steps(
     assert router == {"_target_": "my_routers.MarginRouter", "margin": 0.7}
     listing = [sys.executable, "-m", "routerlab.cli.main", "routers", "--config-dir", "my_lab"]
     listed = subprocess.run(listing, cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert "margin        Every token picks the experts near its best one." in listed.stdout
+    lines = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
+    assert ["margin", "Every token picks the experts near its best one."] in lines
+    certify = [sys.executable, "-m", "routerlab.cli.main", "certify", "--config-dir", "my_lab"]
+    certified = subprocess.run([*certify, "router=margin"], cwd=tmp_path, capture_output=True)
+    assert certified.returncode == 0, certified.stdout.decode()

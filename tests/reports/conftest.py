@@ -99,7 +99,7 @@ def _summary() -> dict[str, Any]:
         "tokens": 1_228_800,
         "train_seconds": 93.4,
         "tokens_per_second": 13156.2,
-        "parameters": {"total": 2_345_678, "active": 987_654},
+        "parameters": {"total": 2_345_678, "active": 987_654, "experts": 4 * EXPERTS},
         "val": {
             "loss": 1.834,
             "bits_per_byte": 2.312,
@@ -108,7 +108,7 @@ def _summary() -> dict[str, Any]:
         "baselines": {"unigram": 4.731, "bigram": 3.652, "trigram": 2.987},
         "domains": DOMAINS,
         "top_k": TOP_K,
-        "num_experts": EXPERTS,
+        "num_experts": [EXPERTS] * 4,
         "layers": [{"layer": x, "dead_experts": int(x == LAYERS[-1])} | row for x in LAYERS],
     }
 
