@@ -65,7 +65,7 @@ def train(tiny_words: Callable[..., list[str]]) -> Callable[..., Path]:
     """Trains a tiny run in this process; returns its directory."""
 
     def run(*more: str, words: Sequence[str] | None = None, logger: str = "logger=[]") -> Path:
-        from routerlab.training.config import compose
+        from routerlab.core.config import compose
         from routerlab.training.train import train as start
 
         overrides = tiny_words(*more, logger=logger) if words is None else list(words)

@@ -24,8 +24,8 @@ from experiments.studies.statistics import interval, paired, t_quantile
 from experiments.studies.table import table
 from experiments.studies.timing import check, measure
 
-from routerlab.training.config import compose
-from routerlab.training.instantiate import build_backbone
+from routerlab.core.config import compose
+from routerlab.training.build import build_backbone
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ["bip_balance", "dynamoe_schedules", "erc_coupling", "router_zoo", "selective_sinkhorn"]

@@ -150,7 +150,7 @@ def _active(path: Path, summary: dict[str, Any]) -> int:
         return parameters["active"]
     from omegaconf import OmegaConf
 
-    from routerlab.training.instantiate import build_backbone
+    from routerlab.training.build import build_backbone
 
     backbone: Any = build_backbone(OmegaConf.load(path / "config.yaml"))  # pyright: ignore
     idle = 0.0

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from routerlab.bench.timing import Ratio, interleave
+from routerlab.core.config import compose
 from routerlab.training import assemble
-from routerlab.training.config import compose
 
 from .definition import Study
 from .results import read_json

@@ -15,23 +15,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from routerlab.analysis import trace as trace
     from routerlab.analysis.compare import compare as compare
+    from routerlab.core.config import available as available
+    from routerlab.core.config import compose as compose
     from routerlab.core.routing import RouterOutput as RouterOutput
     from routerlab.core.routing import RoutingContext as RoutingContext
     from routerlab.moe.layer import MoE as MoE
-    from routerlab.training.config import available as available
-    from routerlab.training.config import compose as compose
-    from routerlab.training.instantiate import build_backbone as build_backbone
-    from routerlab.training.instantiate import build_router as build_router
+    from routerlab.routers.build import build_router as build_router
+    from routerlab.training.build import build_backbone as build_backbone
 
 _PUBLIC = {
     "MoE": "routerlab.moe.layer",
     "RouterOutput": "routerlab.core.routing",
     "RoutingContext": "routerlab.core.routing",
-    "available": "routerlab.training.config",
-    "build_backbone": "routerlab.training.instantiate",
-    "build_router": "routerlab.training.instantiate",
+    "available": "routerlab.core.config",
+    "build_backbone": "routerlab.training.build",
+    "build_router": "routerlab.routers.build",
     "compare": "routerlab.analysis.compare",
-    "compose": "routerlab.training.config",
+    "compose": "routerlab.core.config",
     "trace": "routerlab.analysis",
 }
 __all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]

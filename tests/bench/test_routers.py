@@ -23,8 +23,8 @@ from routerlab.bench.router_contestants import (
 from routerlab.bench.routers import RouterRow, RoutersFound, bench_routers
 from routerlab.bench.step import StepSize
 from routerlab.bench.timing import Ratio
+from routerlab.core.config import ConfigError, available, compose
 from routerlab.core.routing import RoutingContext
-from routerlab.training.config import ConfigError, available, compose
 
 CPU = torch.device("cpu")
 SHAPE = Shape(64, 16, 8, 8, 2)  # 64 tokens, 8 experts in groups of 2, 2 picks

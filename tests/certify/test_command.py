@@ -12,8 +12,8 @@ from torch import nn
 from routerlab.certify import command, page
 from routerlab.certify.certificate import CHECKS, Certificate, Result, causality
 from routerlab.certify.subject import Subject
+from routerlab.core.config import ConfigError, config_dir
 from routerlab.routers.token_choice import TokenChoice
-from routerlab.training.config import ConfigError, config_dir
 from tests.certify import broken
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def my_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's directory that CONTRIBUTING.md describes, and one router more."""
-    monkeypatch.setattr("routerlab.training.config._user_dirs", [])
+    monkeypatch.setattr("routerlab.core.config._user_dirs", [])
     monkeypatch.setattr(sys, "path", list(sys.path))
     for module in ("my_routers", "my_leak"):
         monkeypatch.delitem(sys.modules, module, raising=False)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from routerlab.core.protocols import Router
 from routerlab.core.routing import RouterOutput, RoutingContext
 from routerlab.moe.layer import MoE
+from routerlab.routers.build import build_router
 from routerlab.routers.expert_choice import ExpertChoice
-from routerlab.training.instantiate import build_router
 
 LOGITS = torch.tensor([[2.0, 0], [1, 0], [0, 1], [3, 0]], dtype=torch.float64)  # n=4, e=2
 

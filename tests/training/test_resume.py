@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from routerlab.training.config import ConfigError, compose
+from routerlab.core.config import ConfigError, compose
 from routerlab.training.train import train as start
 from tests.training.test_train import rows
 

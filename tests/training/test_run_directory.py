@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from routerlab.training.config import ConfigError
+from routerlab.core.config import ConfigError
 from routerlab.training.run_directory import RunDirectory
 
 

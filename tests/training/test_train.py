@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import routerlab as rl
-from routerlab.training.config import ConfigError
+from routerlab.core.config import ConfigError
 
 PER_LAYER = (
     "load_cv", "max_violation", "min_violation", "load_entropy", "effective_experts",

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from routerlab.analysis.compare import compare
+from routerlab.core.config import available, compose
 from routerlab.objectives.causal_lm import CausalLM
 from routerlab.objectives.lookahead import looks_ahead
 from routerlab.objectives.rehearsal import rehearse
 from routerlab.objectives.router_state import update_routers
 from routerlab.objectives.sampling import repeat
 from routerlab.training.assemble import build_objective
-from routerlab.training.config import available, compose
 from routerlab.training.evaluate import evaluate, load_objective
 from routerlab.training.run_directory import RunDirectory
 from routerlab.training.summary import print_headline

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from routerlab.bench.contestants import Shape
+from routerlab.core.config import ConfigError, available, compose, nearest
+from routerlab.core.instantiate import build_all
 from routerlab.core.protocols import AuxLoss, LayerLoss
 from routerlab.core.routing import RouterOutput, RoutingContext, StepTotals
-from routerlab.training.config import ConfigError, available, compose, nearest
-from routerlab.training.instantiate import build_all, with_balancer
+from routerlab.routers.build import with_balancer
 
 REFERENCE = "token_choice"  # the router of the layer; measured in every run
 CHEAPER = {"bip_once": ("bip", "iterations=1")}  # balancers with a cheaper setting of a knob

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from routerlab.training.config import ConfigError, available, nearest, use_directory
+from routerlab.core.config import ConfigError, available, nearest, use_directory
 
 
 def main(argv: Sequence[str]) -> int:

@@ -12,8 +12,8 @@ from torch import Tensor
 from routerlab.bench.timing import interleave
 from routerlab.certify.certificate import Certificate
 from routerlab.certify.subject import Subject, sharpen, update
+from routerlab.core.config import config_dir, user_dirs
 from routerlab.core.routing import RoutingContext
-from routerlab.training.config import config_dir, user_dirs
 
 D_MODEL, NUM_EXPERTS, TOP_K = 128, 16, 2
 BATCH, LENGTH = 8, 256  # T = 2048

@@ -9,9 +9,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from routerlab.certify.probes import D_MODEL, Probe, probe
+from routerlab.core.config import compose
 from routerlab.core.routing import RouterOutput
-from routerlab.training.config import compose
-from routerlab.training.instantiate import with_balancer
+from routerlab.routers.build import with_balancer
 
 NUM_EXPERTS = 8
 TOLERANCE = 1e-4  # float32 sums in another order; what is looked for is larger

@@ -9,7 +9,7 @@ from typing import Any
 def main(argv: Sequence[str]) -> int:
     """Prints the machine's state and runs the self-test; 1 if a part of it fails."""
     if argv:
-        from routerlab.training.config import ConfigError
+        from routerlab.core.config import ConfigError
 
         raise ConfigError(f"doctor takes no options, got {' '.join(argv)}")
     from rich.console import Console
@@ -33,8 +33,8 @@ def facts() -> dict[str, Any]:
     """Versions, devices, dispatch paths, data and tracking, as text."""
     import torch
 
+    from routerlab.core.config import compose, config_dir
     from routerlab.moe.layer import DISPATCHES
-    from routerlab.training.config import compose, config_dir
     from routerlab.training.environment import environment
     from routerlab.training.loggers import wandb_mode
 
@@ -64,7 +64,7 @@ def check_dispatch() -> str:
     import torch
 
     from routerlab.moe.layer import MoE
-    from routerlab.training.instantiate import build_router
+    from routerlab.routers.build import build_router
 
     torch.manual_seed(0)
     router = build_router("token_choice", d_model=64, num_experts=8)
@@ -139,8 +139,8 @@ CHECKS: dict[str, Callable[[], str]] = {
 def _objective(*overrides: str) -> Any:
     import torch
 
+    from routerlab.core.config import compose
     from routerlab.training.assemble import build_objective
-    from routerlab.training.config import compose
 
     torch.manual_seed(0)
     return build_objective(compose("backbone.d_model=64", "backbone.num_layers=2", *overrides))

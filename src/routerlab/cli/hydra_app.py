@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from routerlab.training.config import ConfigError, config_dir, explain
+from routerlab.core.config import ConfigError, config_dir, explain
 
 
 def run(
@@ -46,6 +46,6 @@ def run(
 
 
 def _config_dirs() -> list[str]:
-    from routerlab.training.config import user_dirs
+    from routerlab.core.config import user_dirs
 
     return [str(path) for path in user_dirs()]

@@ -5,8 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from routerlab.core.config import ConfigError, nearest, use_directory
 from routerlab.core.errors import NonFiniteLossError
-from routerlab.training.config import ConfigError, nearest, use_directory
 
 # word -> (module with main(argv) -> exit code, one line)
 COMMANDS = {

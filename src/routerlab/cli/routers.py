@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from routerlab.training.config import available, describe
+from routerlab.core.config import available, describe
 
 
 def main(argv: Sequence[str]) -> int:

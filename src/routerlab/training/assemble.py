@@ -10,12 +10,14 @@ import torch
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
+from routerlab.core.config import ConfigError
+from routerlab.core.instantiate import build, build_all
 from routerlab.objectives.routed import RoutedObjective
 from routerlab.objectives.scheduled import fitting
+from routerlab.routers.build import with_balancer
 from routerlab.schedules.layerwise import LayerwiseExperts
+from routerlab.training.build import build_backbone
 from routerlab.training.checks import check_fit
-from routerlab.training.config import ConfigError
-from routerlab.training.instantiate import build, build_all, build_backbone, with_balancer
 
 
 def build_data(cfg: DictConfig) -> Any:

@@ -6,7 +6,7 @@ import torch
 from omegaconf import DictConfig
 
 from routerlab.analysis.compare import flat
-from routerlab.training.config import ConfigError
+from routerlab.core.config import ConfigError
 
 # Changing these does not change what a run computes, so a resumed run may.
 _FREE_TO_CHANGE = (

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from routerlab.core.config import ConfigError
 from routerlab.training import assemble
 from routerlab.training.checks import check_trainer
-from routerlab.training.config import ConfigError
 from routerlab.training.run_directory import RunDirectory
 
 

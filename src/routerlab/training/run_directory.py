@@ -15,7 +15,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from routerlab.training.config import ConfigError
+from routerlab.core.config import ConfigError
 
 _SUMMARY_LENGTH = 60  # of the overrides in a directory's name
 _UNSAID = ("experiment=", "run_dir=", "paths.", "hydra.", "logger", "callback")

@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from routerlab.analysis import trace
+from routerlab.core.config import ConfigError, compose, user_dirs
+from routerlab.core.instantiate import build_all, partial
 from routerlab.objectives.rehearsal import rehearse
 from routerlab.objectives.routed import RoutedObjective
 from routerlab.training import assemble
@@ -21,9 +23,7 @@ from routerlab.training.callbacks.metrics import Metrics
 from routerlab.training.callbacks.reseed import Reseed
 from routerlab.training.callbacks.validation import MissedValidation
 from routerlab.training.checks import check_trainer, differences
-from routerlab.training.config import ConfigError, compose, user_dirs
 from routerlab.training.environment import environment
-from routerlab.training.instantiate import build_all, partial
 from routerlab.training.loggers import MetricsFiles
 from routerlab.training.run_directory import RunDirectory, is_main_process
 from routerlab.training.summary import summarize

@@ -9,10 +9,8 @@ from types import NoneType, UnionType
 from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
-from routerlab.schedules.layerwise import LayerwiseExperts
-from routerlab.training.config import ConfigError, compose, nearest, user_dirs
+from routerlab.core.config import ConfigError, nearest, user_dirs
 
 _LIBRARIES = ("routerlab", "torch", "lightning", "transformers", "peft")
 
@@ -33,46 +31,6 @@ def partial(node: DictConfig) -> Callable[..., Any]:
     plain = OmegaConf.create(OmegaConf.to_container(node, resolve=True))  # free of its parents
     made = hydra.utils.instantiate(plain, _partial_=True, _convert_="all")
     return functools.partial(made.func, *made.args, **made.keywords)  # hydra's re-checks per call
-
-
-def build_router(name: str, **knobs: Any) -> nn.Module:
-    """The router of ``configs/router/<name>.yaml`` with its knobs: ``d_model``, ``num_experts`` and
-    any that the file holds. It has the balancer that the file chooses, unless ``balancer`` is
-    given: None, a name in ``configs/balancer``, or a callable ``(num_experts=) -> Balancer``.
-    """
-    cfg = compose(f"router={name}")
-    target = _locate(cfg.router["_target_"])
-    unknown = [knob for knob in knobs if knob not in _parameters(target)]
-    if unknown:
-        hint = nearest(unknown[0], _parameters(target))
-        raise ConfigError(f"router {name!r} has no knob {unknown[0]!r}; {hint}")
-    if isinstance(knobs.get("balancer"), str):
-        knobs["balancer"] = partial(compose(f"balancer={knobs['balancer']}").balancer)
-    return with_balancer(cfg)(**knobs)
-
-
-def build_backbone(cfg: DictConfig) -> nn.Module:
-    """The model of a composed config, freshly initialised."""
-    knobs: dict[str, Any] = {}
-    for schedule in build_all(cfg.get("schedule")).values():
-        if isinstance(schedule, LayerwiseExperts):
-            knobs["num_experts"] = schedule(cfg.backbone.num_layers)
-    return build(cfg.backbone, router=with_balancer(cfg), experts=partial(cfg.experts), **knobs)
-
-
-def with_balancer(cfg: DictConfig) -> Callable[..., Any]:
-    """The config's router, still to be called, with the config's balancer where it has one."""
-    router = partial(cfg.router)
-    if not cfg.get("balancer"):
-        return router
-    target = cfg.router["_target_"]
-    if "balancer" not in _parameters(_locate(target)):
-        name = cfg.balancer["_target_"].rsplit(".", 1)[-1]
-        raise ConfigError(
-            f"balancer {name}: {target.rsplit('.', 1)[-1]} balances in its own way, or not at all, "
-            "and takes no bias; use balancer=none, or router=token_choice"
-        )
-    return functools.partial(router, balancer=partial(cfg.balancer))
 
 
 def build_all(nodes: DictConfig | None) -> dict[str, Any]:
@@ -98,16 +56,16 @@ def check_targets(node: Any) -> None:
             f"{node._get_full_key('_target_')}={name!r}: must come from {', '.join(_LIBRARIES)}, "
             "or from a python file in a directory given with --config-dir"
         )
-    parameters = _parameters(_locate(name))
+    accepted = parameters(locate(name))
     for key in map(str, node):
         if key.startswith("_"):
             continue
         place = node._get_full_key(key)
-        if key not in parameters:
-            hint = nearest(key, parameters)
+        if key not in accepted:
+            hint = nearest(key, accepted)
             raise ConfigError(f"{place}: {name} has no such argument; {hint}")
-        if not OmegaConf.is_missing(node, key) and not _fits(node[key], parameters[key]):
-            wanted = getattr(parameters[key], "__name__", str(parameters[key]))
+        if not OmegaConf.is_missing(node, key) and not _fits(node[key], accepted[key]):
+            wanted = getattr(accepted[key], "__name__", str(accepted[key]))
             raise ConfigError(f"{place}={node[key]!r}: must be {wanted}")
 
 
@@ -122,7 +80,7 @@ def _fits(value: Any, wanted: Any) -> bool:
     return isinstance(value, options) or (isinstance(value, int) and float in options)
 
 
-def _locate(name: str) -> Any:
+def locate(name: str) -> Any:
     import hydra.utils
 
     try:
@@ -137,7 +95,7 @@ def _is_users(top: str) -> bool:
     return origin is not None and any(d in origin.resolve().parents for d in user_dirs())
 
 
-def _parameters(target: Any) -> dict[str, Any]:
+def parameters(target: Any) -> dict[str, Any]:
     """Names that a call accepts and their annotations; ``**shared`` stands for the parent's."""
     classes = inspect.getmro(target) if inspect.isclass(target) else (target,)
     found: dict[str, Any] = {}

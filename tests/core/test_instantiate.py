@@ -7,8 +7,8 @@ import torch
 from omegaconf import OmegaConf
 
 import routerlab as rl
-from routerlab.training.config import ConfigError
-from routerlab.training.instantiate import build, partial
+from routerlab.core.config import ConfigError
+from routerlab.core.instantiate import build, partial
 
 
 @pytest.mark.parametrize("name", rl.available("router"))

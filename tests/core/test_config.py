@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import routerlab as rl
-from routerlab.training.config import ConfigError, config_dir, describe, nearest
+from routerlab.core.config import ConfigError, config_dir, describe, nearest
 
 ROOT = Path(__file__).parents[2]
 GROUPS = (
@@ -80,7 +80,7 @@ def test_a_wheel_brings_the_configs_and_finds_them(tmp_path: Path) -> None:
         assert "routerlab/configs/train.yaml" in archive.namelist()
         assert "routerlab/reports/report.css" in archive.namelist()
     code = (
-        "import routerlab as rl, routerlab.training.config as c; print(c.config_dir()); "
+        "import routerlab as rl, routerlab.core.config as c; print(c.config_dir()); "
         "print(rl.available('router')); print(rl.compose('experiment=quickstart').name)"
     )
     done = subprocess.run(
