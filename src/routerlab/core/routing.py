@@ -17,6 +17,7 @@ class RoutingContext:
     batch_size: int
     sequence_length: int
     valid: Bool[Tensor, "T"] | None = None  # False on padding; None: no padding
+    prompt: Bool[Tensor, "T"] | None = None  # True on what a generator would be given
     domain_ids: Int[Tensor, "B"] | None = None  # labels for diagnostics, not for routers
     num_domains: int = 0
     task_ids: Int[Tensor, "B"] | None = None
@@ -27,6 +28,8 @@ class RoutingContext:
     seed: int = 0  # of run seed, step, micro-batch and rank
     step_seed: int = 0  # of run seed and step: equal in all micro-batches and on all ranks
     layer: int = 0
+    replica: int = 0  # the batch is num_replicas equal blocks of the same sequences: the samples
+    num_replicas: int = 1  # replica, replica + 1, ... of a policy
 
     def at_layer(self, layer: int) -> "RoutingContext":
         """The same context as seen by layer number ``layer``."""
@@ -35,6 +38,14 @@ class RoutingContext:
     def generator(self, device: torch.device) -> torch.Generator:
         """A fresh generator of (seed, layer): a recomputed forward pass draws the same numbers."""
         return torch.Generator(device).manual_seed(stable_seed(self.seed, self.layer))
+
+    def generators(self, device: torch.device) -> list[torch.Generator]:
+        """One of (seed, layer, replica) for each block: the draws of a sample do not depend on
+        which other samples run beside it.
+        """
+        replicas = range(self.replica, self.replica + self.num_replicas)
+        seeds = (stable_seed("replica", self.seed, self.layer, replica) for replica in replicas)
+        return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def step_generator(self, device: torch.device) -> torch.Generator:
         """The like of (step_seed, layer): one draw for all micro-batches and ranks of a step."""
