@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from routerlab.data.builtin import BUILT_IN, SourceUnavailable, fetch
+from routerlab.core.download import SourceUnavailable, fetch
+from routerlab.data.builtin import BUILT_IN
 from routerlab.data.corpus import Corpus, prepare_corpus
 
 FOUR = {

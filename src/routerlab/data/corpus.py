@@ -1,19 +1,18 @@
 """Tokenized text on disk: built once per setting, then opened in milliseconds."""
 
-import fcntl
 import hashlib
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from routerlab.core.download import locked
 from routerlab.data.ngram import ngram_bits_per_byte
 from routerlab.data.sources import Source, Spec, fingerprint, resolve
 from routerlab.data.split import SEPARATOR, balanced_splits, read_documents
@@ -76,7 +75,7 @@ def prepare_corpus(
     if (cache_dir / key / "meta.json").exists():
         return _load(cache_dir / key)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(cache_dir / f"{key}.lock"):
+    with locked(cache_dir / f"{key}.lock"):
         if not (cache_dir / key / "meta.json").exists():
             sources = resolve(domains, cache_dir)
             specs = {name: source.spec for name, source in sources.items()}
@@ -87,7 +86,7 @@ def prepare_corpus(
                 # Other ranks open what this process settled on, whatever their network says.
                 (cache_dir / f"{key}.link").write_text(found.key())
                 key = found.key()
-                with _locked(cache_dir / f"{key}.lock"):
+                with locked(cache_dir / f"{key}.lock"):
                     if not (cache_dir / key / "meta.json").exists():
                         _build(found, sources, cache_dir / key)
     return _load(cache_dir / key)
@@ -118,14 +117,6 @@ def check_names(names: Sequence[str]) -> None:
             "domains: names need letters, digits, '_' or '-', and not the word 'all'; "
             f"got {bad or 'no domain'}"
         )
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock that other processes on this file system respect."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _load(folder: Path) -> Corpus:

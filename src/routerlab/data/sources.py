@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from routerlab.data.builtin import BUILT_IN, OFFLINE, SourceUnavailable, blocks, fetch
+from routerlab.core.download import SourceUnavailable, fetch
+from routerlab.data.builtin import BUILT_IN, OFFLINE, blocks
 
 __all__ = ["Source", "SourceUnavailable", "fingerprint", "resolve"]
 
