@@ -14,10 +14,12 @@ class Study:
     """The arms of a study are lists of overrides on the command line of ``routerlab train``.
 
     ``common`` overrides come before each arm's own. Differences are taken to the arm ``baseline``.
-    ``metrics`` are the columns of the table beside bits per byte, ``compare`` those of which it
-    shows the difference to the baseline. ``panels`` are the metrics that the figure shows by arm,
-    and ``curve`` a column of metrics.csv that it shows over training. ``labels``: arms shown under
-    another name.
+    ``headline`` is the first column of the table, ``metrics`` the others, and ``compare`` those of
+    which it shows the difference to the baseline. ``panels`` are the metrics that the figure shows
+    by arm; both are the headline unless they say otherwise. ``curve``: a column of metrics.csv that
+    the figure shows over training. ``labels``: arms shown under another name. ``experiment`` is the
+    config that all arms start from. ``{run:ARM}`` in an override is the run directory of another
+    arm and the same seed, which is then trained first.
     """
 
     folder: Path
@@ -28,13 +30,18 @@ class Study:
     arms: dict[str, list[str]]
     common: list[str] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
-    compare: list[str] = field(default_factory=lambda: ["bits_per_byte"])
-    panels: list[str] = field(default_factory=lambda: ["bits_per_byte"])
+    compare: list[str] = field(default_factory=list)
+    panels: list[str] = field(default_factory=list)
     curve: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
+    experiment: str = "study"
+    headline: str = "bits_per_byte"
 
     def __post_init__(self) -> None:
         where = self.folder / "study.yaml"
+        for shown in (self.compare, self.panels):
+            if not shown:
+                shown.append(self.headline)
         if self.baseline not in self.arms:
             raise ValueError(f"{where}: baseline {self.baseline!r} is no arm")
         if unknown := set(self.labels) - set(self.arms):
@@ -44,15 +51,27 @@ class Study:
                 raise ValueError(f"{where}: arm {arm!r} cannot be the name of a folder")
             if not all(isinstance(word, str) for word in words):
                 raise ValueError(f"{where}: arm {arm!r}: overrides are words such as router=hash")
+            if wrong := [a for a in self.sources(arm) if a not in self.arms or self.sources(a)]:
+                raise ValueError(
+                    f"{where}: arm {arm!r}: {{run:{wrong[0]}}} must be an arm that stands alone"
+                )
 
     @property
     def name(self) -> str:
         """The name of its folder."""
         return self.folder.name
 
-    def words(self, arm: str) -> list[str]:
-        """The overrides of an arm, without a seed."""
-        return ["experiment=study", *self.common, *self.arms[arm]]
+    def words(self, arm: str, output: Path | None = None, seed: int = 0) -> list[str]:
+        """The overrides of an arm, without a seed; those of other runs lie in ``output``."""
+        words = [f"experiment={self.experiment}", *self.common, *self.arms[arm]]
+        for source in self.sources(arm):
+            path = self.run_path(output or Path("outputs/studies"), source, seed)
+            words = [word.replace(f"{{run:{source}}}", str(path)) for word in words]
+        return words
+
+    def sources(self, arm: str) -> list[str]:
+        """The arms on whose runs an arm builds."""
+        return re.findall(r"\{run:([\w.]+)\}", " ".join(self.arms[arm]))
 
     def label(self, arm: str) -> str:
         """The name of an arm for readers."""

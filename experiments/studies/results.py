@@ -15,7 +15,9 @@ from routerlab.analysis.compare import flat
 from .definition import Study
 
 Row = dict[str, Any]
-FIRST = ["arm", "seed", "state", "looks_ahead", "bits_per_byte"]
+HEADLINES = ("bits_per_byte", "accuracy")
+FIRST = ["arm", "seed", "state", "looks_ahead", *HEADLINES]
+_LEAST_SUPPORT = re.compile(r"router/(?!mean/).*/probs_ess_min")  # of any token in training
 _SHARED = ("data.", "trainer.", "optimizer.")  # what arms must agree in, unless they say otherwise
 
 
@@ -53,9 +55,15 @@ def read_run(path: Path) -> Row:
     rows = read_metrics(path)
     layers = summary["layers"]
     found: Row = {"state": "done", "looks_ahead": summary["looks_ahead"]}
-    found["bits_per_byte"] = summary["val"]["bits_per_byte"]
+    found |= {k: summary["val"][k] for k in (*HEADLINES, "loss") if k in summary["val"]}
+    found |= {f"accuracy_of_{k}": v["accuracy"] for k, v in _by_task(summary).items()}
+    if summary.get("base"):
+        found["base_accuracy"] = summary["base"]["accuracy"]
     found |= _of_last(rows, "val/router/mean/")  # of the curve: some are not in the summary
-    found |= {k: _mean(layer[k] for layer in layers) for k in layers[0] if k != "layer"}
+    metrics = layers[0].keys() - {"layer"} if layers else ()
+    found |= {k: _mean(layer[k] for layer in layers) for k in metrics}
+    if support := [v for row in rows for k, v in row.items() if _LEAST_SUPPORT.fullmatch(k)]:
+        found["lowest_probs_ess"] = min(support)
     coupling = _of_last(rows, "loss/expert_router_coupling/")  # its probe, at the last logged step
     found |= {f"coupling_{k}": v for k, v in coupling.items() if k != "weighted"}
     found |= _violations(rows)
@@ -66,7 +74,14 @@ def read_run(path: Path) -> Row:
     found |= {key: summary[key] for key in ("steps", "tokens", "train_seconds")}
     found["total_parameters"] = summary["parameters"]["total"]
     found["active_parameters"] = _active(path, summary)
+    if "trainable" in summary["parameters"]:
+        found["trainable_parameters"] = summary["parameters"]["trainable"]
     return found
+
+
+def _by_task(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
+    found = summary["val"].get("by_task", {})
+    return found if len(found) > 1 else {}
 
 
 def check_comparable(study: Study, runs: Iterable[tuple[str, Path]]) -> None:
@@ -146,7 +161,8 @@ def _of_last(rows: Sequence[dict[str, float]], prefix: str) -> Row:
 def _active(path: Path, summary: dict[str, Any]) -> int:
     """Parameters that a token meets; by the measured number of experts where it is not fixed."""
     parameters, layers = summary["parameters"], summary["layers"]
-    if parameters["active"] < parameters["total"] or "experts_per_token" not in layers[0]:
+    known = not layers or "experts_per_token" not in layers[0] or "trainable" in parameters
+    if parameters["active"] < parameters["total"] or known:
         return parameters["active"]
     from omegaconf import OmegaConf
 

@@ -23,6 +23,7 @@ class Job:
     seed: int
     path: Path
     words: list[str]
+    sources: tuple[Path, ...] = ()  # runs that must be done first
 
     @property
     def log(self) -> Path:
@@ -50,13 +51,21 @@ class Job:
 
 
 def plan(study: Study, seeds: Sequence[int], output: Path) -> list[Job]:
-    """All runs, one seed after the other: arms with results can be compared early."""
+    """All runs, one seed after the other: arms with results can be compared early. Arms that build
+    on others come after them.
+    """
     jobs = []
     for seed in seeds:
-        for arm in study.arms:
+        for arm in sorted(study.arms, key=lambda arm: bool(study.sources(arm))):
             path = study.run_path(output.resolve(), arm, seed)
-            words = [*study.words(arm), f"seed={seed}", f"run_dir={path}", "logger=[]"]
-            jobs.append(Job(arm, seed, path, words))
+            words = [
+                *study.words(arm, output.resolve(), seed),
+                f"seed={seed}",
+                f"run_dir={path}",
+                "logger=[]",
+            ]
+            sources = tuple(study.run_path(output.resolve(), a, seed) for a in study.sources(arm))
+            jobs.append(Job(arm, seed, path, words, sources))
     return jobs
 
 
@@ -91,7 +100,12 @@ def run(jobs: Sequence[Job], workers: int, say: Callable[[str], None] = print) -
 def _train(
     job: Job, environment: dict[str, str], children: set[subprocess.Popen]
 ) -> tuple[str, float]:
-    """What came of it, in words, and the seconds it took."""
+    """What came of it, in words, and the seconds it took. Waits for the runs it builds on."""
+    for source in job.sources:
+        while (state := read_json(source / "status.json").get("state")) != "done":
+            if state in ("failed", "preempted"):
+                return f"FAILED, the run that it builds on {state}: {source}", 0.0
+            time.sleep(1)
     job.path.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with job.log.open("a") as log:
@@ -102,8 +116,9 @@ def _train(
         code = child.wait()
         children.discard(child)
     if code == 0 and job.state() == "done":
-        bits = read_json(job.path / "summary.json")["val"]["bits_per_byte"]
-        outcome = f"{bits:.3f} bits per byte"
+        found = read_json(job.path / "summary.json")["val"]
+        shown = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}
+        outcome = ", ".join(f"{found[k]:.3f} {text}" for k, text in shown.items() if k in found)
     else:
         outcome = f"FAILED, {error_of(job.path)}"
     return outcome, time.monotonic() - start

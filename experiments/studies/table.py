@@ -8,6 +8,11 @@ from .statistics import Interval, interval, paired
 
 NAMES = {
     "bits_per_byte": "bits/byte",
+    "ess_mean": "ESS, mean",
+    "ess_min": "ESS, min",
+    "probs_ess_mean": "ESS of softmax, mean",
+    "probs_ess_p05": "ESS of softmax, 5th percentile",
+    "lowest_probs_ess": "ESS of softmax, least in training",
     "max_violation": "max violation",
     "avg_max_violation": "AvgMaxVio",
     "sup_max_violation": "SupMaxVio",
@@ -31,7 +36,7 @@ def table(study: Study, rows: Sequence[Row], times: Mapping[str, float]) -> str:
     ``times``: the cost of an arm's training step over the baseline's, by arm.
     """
     seeds = sorted({row["seed"] for row in rows})
-    metrics = list(dict.fromkeys(["bits_per_byte", *study.metrics]))
+    metrics = list(dict.fromkeys([study.headline, *study.metrics]))
     metrics = [m for m in metrics if any(m in row for row in rows)]
     head = ["arm", "runs"]
     for metric in metrics:
@@ -44,7 +49,7 @@ def table(study: Study, rows: Sequence[Row], times: Mapping[str, float]) -> str:
     comparisons = 0
     for arm in study.arms:
         cells = [study.label(arm) + (" (baseline)" if arm == study.baseline else "")]
-        cells.append(f"{len(by_seed(rows, arm, 'bits_per_byte'))}")
+        cells.append(f"{len(by_seed(rows, arm, study.headline))}")
         for metric in metrics:
             values = by_seed(rows, arm, metric)
             cells.append(show(interval(list(values.values())) if values else None))
@@ -101,7 +106,7 @@ def _legend(study: Study, seeds: Sequence[int], comparisons: int, times: Mapping
         )
     lines.append(
         "Looks ahead: routing depends on later tokens in training only, or in evaluation too; the "
-        "bits per byte of the latter are not those of a language model."
+        "numbers of the latter are not those of a language model."
     )
     return "\n\n".join(lines) + "\n"
 

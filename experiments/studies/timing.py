@@ -55,6 +55,9 @@ def build_arms(
     data = assemble.build_data(compose(*study.words(study.baseline), *words))
     arms: dict[str, Steps | Exception] = {}
     for arm in study.arms:
+        if study.sources(arm):
+            arms[arm] = ValueError("starts from another arm's run")
+            continue
         path = study.run_path(output, arm, 0) if output else None
         try:
             arms[arm] = Steps(compose(*study.words(arm), *words), data, path)
@@ -66,7 +69,11 @@ def build_arms(
 def check(study: Study, words: list[str]) -> dict[str, str]:
     """Why arms cannot take a training step; empty if all can."""
     arms, batches = build_arms(study, words)
-    wrong = {arm: str(steps) for arm, steps in arms.items() if isinstance(steps, Exception)}
+    wrong = {
+        arm: str(steps)
+        for arm, steps in arms.items()
+        if isinstance(steps, Exception) and not study.sources(arm)
+    }
     for arm, steps in arms.items():
         if isinstance(steps, Steps):
             try:
