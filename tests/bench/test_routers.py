@@ -34,8 +34,8 @@ ERC = "expert_router_coupling"
 
 
 def context(seed: int = 0) -> RoutingContext:
-    ids = torch.arange(64) % 7
-    return RoutingContext(4, 16, token_ids=ids, seed=seed, step_seed=seed)
+    ids, tasks = torch.arange(64) % 7, torch.arange(4)
+    return RoutingContext(4, 16, token_ids=ids, task_ids=tasks, seed=seed, step_seed=seed)
 
 
 def step(name: str, x: torch.Tensor | None = None):

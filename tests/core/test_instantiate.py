@@ -14,7 +14,8 @@ from routerlab.core.instantiate import build, partial
 @pytest.mark.parametrize("name", rl.available("router"))
 def test_every_router_is_built_by_name(name: str) -> None:
     router = rl.build_router(name, d_model=16, num_experts=8)
-    context = rl.RoutingContext(batch_size=2, sequence_length=3, token_ids=torch.arange(6))
+    told = {"token_ids": torch.arange(6), "task_ids": torch.arange(2)}
+    context = rl.RoutingContext(batch_size=2, sequence_length=3, **told)
     output = router(torch.randn(6, 16), context)
     assert output.router_probs.shape == (6, 8)
 

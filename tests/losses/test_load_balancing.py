@@ -250,3 +250,20 @@ def test_first_choices_only() -> None:
         LoadBalancingLoss(counts="first", scope="sequence")
     with pytest.raises(ValueError, match="counts='second'.*'all', 'first'"):
         LoadBalancingLoss(counts="second")
+
+
+def test_mixlora_reports_k_at_balance() -> None:
+    # its f sums to K over slots and experts: 2.0, 1.0 and 3.6 there, and 1/K of that here
+    crossed = [[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]]
+    assert 2 * loss_of(crossed, [[0, 1], [3, 2]]) == pytest.approx(2.0)
+    assert 1 * loss_of(crossed, [[0], [3]]) == pytest.approx(1.0)
+    assert 2 * loss_of([[0.7, 0.2, 0.06, 0.04]] * 3, [[0, 1]] * 3) == pytest.approx(3.6)
+
+
+def test_pooling_is_of_the_caller_and_not_of_sequences() -> None:
+    pooling = LoadBalancingLoss(pool_layers=True)
+    assert pooling.pool_layers
+    assert not LoadBalancingLoss().pool_layers
+    torch.testing.assert_close(pooling(ex_a()), LoadBalancingLoss()(ex_a()))  # of one record
+    with pytest.raises(ValueError, match="pool_layers=True goes with scope='global'"):
+        LoadBalancingLoss(scope="sequence", pool_layers=True)

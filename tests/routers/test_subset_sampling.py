@@ -1,5 +1,6 @@
 """Subset sampling: constant weights, draws by their law, and gradients by log-probability alone."""
 
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
@@ -145,6 +146,61 @@ def test_sequences_draw_for_themselves() -> None:
     picks = router(torch.zeros(80, 8), RoutingContext(40, 2)).expert_indices.view(40, 2, 2)
     assert torch.equal(picks[:, 0], picks[:, 1])
     assert len(picks[:, 0].unique(dim=0)) > 10
+
+
+def test_a_told_prompt_is_all_that_is_read() -> None:
+    router = SubsetSampling(8, 6, granularity="sequence").eval()
+    assert router.reads_prompt_only
+    assert not SubsetSampling(8, 6).reads_prompt_only
+    valid = torch.tensor([False, True, True, True, True, True, True, True])
+    prompt = torch.tensor([False, True, True, False, True, False, False, False])
+    x = torch.randn(8, 8)
+    output = router(x, RoutingContext(2, 4, valid=valid, prompt=prompt))
+    means = torch.stack([x[1:3].mean(0), x[4]])
+    torch.testing.assert_close(output.router_logits[::4], router.gate(means))
+    other = torch.where(prompt[:, None], x, 9.0)  # other answers
+    again = router(other, RoutingContext(2, 4, valid=valid, prompt=prompt))
+    assert torch.equal(again.expert_indices, output.expert_indices)
+    assert output.token_indices.unique().tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_an_embedding_of_the_sequence_is_taken_instead() -> None:
+    router, embedding = SubsetSampling(8, 6, granularity="sequence").eval(), torch.randn(2, 8)
+    context = RoutingContext(2, 3, sequence_embedding=embedding.requires_grad_())
+    output = router(torch.randn(6, 8), context)
+    torch.testing.assert_close(output.router_logits[::3], router.gate(embedding))
+    output.router_logits.sum().backward()
+    assert embedding.grad is None  # detached, as tokens are
+
+
+# -- samples of the same input --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["token", "sequence"])
+def test_blocks_draw_as_single_replicas_do(granularity: str) -> None:
+    router = SubsetSampling(8, 6, granularity=granularity)
+    x, one = torch.randn(6, 8), RoutingContext(2, 3, seed=4, layer=1)
+    alone = [router(x, replace(one, replica=m)) for m in (1, 2, 3)]
+    blocks = router(x.repeat(3, 1), replace(one, batch_size=6, replica=1, num_replicas=3))
+    for name in ("expert_indices", "log_prob"):
+        apart = torch.cat([getattr(output, name) for output in alone])
+        assert torch.equal(getattr(blocks, name), apart)
+    assert not torch.equal(alone[0].expert_indices, alone[1].expert_indices)
+
+
+def test_the_gate_has_its_graph_where_gradients_are_off() -> None:
+    router, x, context = SubsetSampling(8, 4), torch.randn(6, 8), RoutingContext(2, 3)
+    with torch.no_grad():
+        output = router(x, context)
+        plain = router.eval()(x, context)
+    assert output.log_prob.requires_grad
+    assert not output.combine_weights.requires_grad
+    assert not plain.router_logits.requires_grad  # evaluation builds none
+    output.log_prob.sum().backward()
+    assert router.gate.weight.grad.any()
+    with torch.inference_mode():
+        output = router.train()(x, context)
+    assert output.log_prob.is_inference()
 
 
 # -- laws -----------------------------------------------------------------------------------------

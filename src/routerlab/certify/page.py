@@ -33,7 +33,7 @@ Written by `routerlab certify router=all --write docs/routers.md`; do not edit.
   any) over the mean, minus 1, on skewed tokens in training mode, without losses, with frozen
   weights of unit logits, after {steps} updates of the router's own, if it makes any. 0 is
   perfect; {worst:g} is all tokens on the same {k} of {e} experts (15 where a token has one).
-  `hash` saw 64 ids, all equally often.
+  `hash` saw 64 ids, all equally often, and `by_task` {b} tasks.
 - **cost**: forward and backward of the router alone over that of `{reference}`
   (T={t}, D={d}, E={e}, K={k}, or 1 where that is the router's idea); the median of interleaved
   runs on one CPU, good to a tenth or so.
@@ -61,6 +61,7 @@ def write_page(entries: Sequence[Entry]) -> str:
         k=TOP_K,
         e=NUM_EXPERTS,
         t=BATCH * LENGTH,
+        b=BATCH,
         d=D_MODEL,
         reference=REFERENCE,
     )
@@ -160,7 +161,7 @@ def _context(generator: torch.Generator, step: int) -> RoutingContext:
     return RoutingContext(
         batch_size=BATCH,
         sequence_length=LENGTH,
-        task_ids=torch.zeros(BATCH, dtype=torch.long),
+        task_ids=torch.arange(BATCH),
         noise_level=torch.rand(BATCH, generator=generator),
         sequence_embedding=torch.randn(BATCH, D_MODEL, generator=generator),
         progress=0.5,

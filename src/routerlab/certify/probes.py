@@ -61,7 +61,7 @@ def probe(
         batch_size=batch_size,
         sequence_length=length,
         valid=valid,
-        task_ids=torch.zeros(batch_size, dtype=torch.long),
+        task_ids=torch.arange(batch_size),
         noise_level=torch.rand(batch_size, generator=generator),
         sequence_embedding=torch.randn(batch_size, D_MODEL, generator=generator),
         progress=0.5,

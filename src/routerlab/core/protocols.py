@@ -110,7 +110,9 @@ class AuxLoss(Protocol):
 
     A loss that is not linear in sums over tokens says ``needs_step_sums = True`` and has
     ``step_sums(output, context) -> Float[P]``: the sums of one record, which come back in
-    ``totals.sums`` added over the step (see `losses.share`).
+    ``totals.sums`` added over the step (see `losses.share`). A loss over all layers together says
+    ``pool_layers = True``: it is called once, on a record of the tokens of all layers
+    (`objectives.pooling`).
     """
 
     weight: float

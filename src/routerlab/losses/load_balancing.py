@@ -28,16 +28,32 @@ class LoadBalancingLoss(nn.Module):
 
     ``counts`` says which picks make f: ``all`` of a token's, or the ``first``, its most probable
     expert (GShard, arXiv 2006.16668; mesh-TensorFlow, and so ST-MoE).
+
+    ``pool_layers`` takes f and P over all layers together, as transformers, MixLoRA and MoLA do:
+    layers that lean on different experts then look balanced. MixLoRA's loss (arXiv 2404.15159, its
+    code) is K times this value.
     """
 
-    def __init__(self, weight: float = 0.01, scope: str = "global", counts: str = "all") -> None:
+    def __init__(
+        self,
+        weight: float = 0.01,
+        scope: str = "global",
+        counts: str = "all",
+        pool_layers: bool = False,
+    ) -> None:
         super().__init__()
         within("weight", weight, 0)
         choice("scope", scope, ("micro_batch", "sequence", "global"))
         choice("counts", counts, ("all", "first"))
         if counts == "first" and scope == "sequence":
             raise ValueError("counts='first' goes with scope='global' or 'micro_batch' only")
+        if pool_layers and scope == "sequence":
+            raise ValueError(
+                "pool_layers=True goes with scope='global' or 'micro_batch' only: a sequence is "
+                "one layer's in any case"
+            )
         self.weight, self.scope, self.counts = weight, scope, counts
+        self.pool_layers = pool_layers
         self.needs_step_sums = scope == "global"
 
     def step_sums(

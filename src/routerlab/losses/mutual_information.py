@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from routerlab.core.checks import within
 from routerlab.core.routing import RouterOutput, RoutingContext, StepTotals
-from routerlab.losses.router_entropy import entropy
 from routerlab.losses.share import share
+from routerlab.ops.entropy import entropy
 
 
 class MutualInformationLoss(nn.Module):

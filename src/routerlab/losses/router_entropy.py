@@ -2,12 +2,12 @@
 
 import math
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from routerlab.core.checks import within
 from routerlab.core.routing import RouterOutput, RoutingContext, StepTotals
+from routerlab.ops.entropy import entropy
 
 
 class RouterEntropyLoss(nn.Module):
@@ -39,11 +39,3 @@ class RouterEntropyLoss(nn.Module):
         totals = StepTotals.of(output, context) if totals is None else totals
         mean = entropy(output.without_padding(output.router_probs)).sum() / totals.num_tokens
         return mean / math.log(max(output.num_experts, 2)) if self.normalize else mean
-
-
-def entropy(probs: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
-    """Shannon entropy in nats, with a finite gradient also where a probability is 0 (that of
-    `torch.special.entr` is infinite there, and NaN once it passes a softmax).
-    """
-    smallest = torch.finfo(probs.dtype).tiny
-    return -(probs * probs.clamp(min=smallest).log()).sum(-1)

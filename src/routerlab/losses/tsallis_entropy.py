@@ -1,14 +1,11 @@
 """DynMoLE's entropy loss: the mean normalised Tsallis entropy of single tokens."""
 
-import math
-
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from routerlab.core.checks import within
 from routerlab.core.routing import RouterOutput, RoutingContext, StepTotals
-from routerlab.losses.router_entropy import entropy
+from routerlab.ops.entropy import tsallis_entropy
 
 
 class TsallisEntropyLoss(nn.Module):
@@ -51,18 +48,3 @@ class TsallisEntropyLoss(nn.Module):
         probs = output.without_padding(output.router_probs)
         values = tsallis_entropy(probs, self.entropic_index, self.eps)
         return values.sum() / totals.num_tokens
-
-
-_SHANNON = 0.01  # this close to 1, eps over (q - 1) would outweigh the entropy
-
-
-def tsallis_entropy(
-    probs: Float[Tensor, "*batch E"], entropic_index: float = 1.1, eps: float = 1e-5
-) -> Float[Tensor, "*batch"]:
-    """Tsallis entropy over that of the uniform distribution, with a finite gradient at p = 0."""
-    q, num_experts = entropic_index, max(probs.shape[-1], 2)
-    shifted = probs + eps
-    if abs(q - 1) < _SHANNON:
-        return entropy(shifted) / math.log(num_experts)
-    powers = shifted.clamp(min=torch.finfo(probs.dtype).tiny).pow(q - 1)
-    return (1 - (shifted * powers).sum(-1)) / (1 - num_experts ** (1 - q))

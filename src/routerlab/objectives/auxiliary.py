@@ -1,19 +1,21 @@
 """All auxiliary losses of a step: on records, micro-batch by micro-batch, and on weights, once."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from routerlab.core.protocols import AuxLoss, LayerLoss
-from routerlab.core.routing import RoutingContext, StepTotals
+from routerlab.core.routing import RouterOutput, RoutingContext, StepTotals
+from routerlab.objectives.pooling import POOLED, pooled
 from routerlab.objectives.step import Records, Sums, world_size
 
 
 class AuxiliaryLosses:
-    """Losses by name. Each is computed layer by layer, then averaged over layers."""
+    """Losses by name. Each is computed layer by layer, then averaged over layers; one that says
+    ``pool_layers`` is computed once, on all layers together.
+    """
 
     def __init__(self, losses: Mapping[str, AuxLoss | LayerLoss]) -> None:
         self.by_name = dict(losses)
@@ -32,25 +34,45 @@ class AuxiliaryLosses:
 
     def step_sums(self, records: Records, context: RoutingContext) -> Sums:
         """Those sums, of one micro-batch."""
+        views = self._views(records, context)
         return {
-            (name, layer): loss.step_sums(output, context.at_layer(i)).detach()  # type: ignore[attr-defined]
+            (name, place): loss.step_sums(output, told).detach()  # type: ignore[attr-defined]
             for name, loss in self.of_records.items()
             if loss.needs_step_sums
-            for i, (layer, output) in enumerate(records.items())
+            for place, output, told in views[_pools(loss)]
         }
 
     def shares(
         self, records: Records, context: RoutingContext, totals: StepTotals, step_sums: Sums
     ) -> dict[str, Tensor]:
         """This micro-batch's share of each loss on records."""
-        values = {}
+        views, values = self._views(records, context), {}
         for name, loss in self.of_records.items():
-            layers = [
-                loss(out, context.at_layer(i), replace(totals, sums=step_sums.get((name, layer))))
-                for i, (layer, out) in enumerate(records.items())
+            size = len(records) if _pools(loss) else 1  # a pooled step has each token once a layer
+            tokens, sequences = totals.num_tokens * size, totals.num_sequences * size
+            found = [
+                loss(output, told, StepTotals(tokens, sequences, step_sums.get((name, place))))
+                for place, output, told in views[_pools(loss)]
             ]
-            values[f"loss/{name}"] = torch.stack(layers).mean()
+            values[f"loss/{name}"] = torch.stack(found).mean()
         return values
+
+    def _views(
+        self, records: Records, context: RoutingContext
+    ) -> dict[bool, list[tuple[str, RouterOutput, RoutingContext]]]:
+        """What losses look at, with its name and context: single layers, and under True all layers
+        together.
+        """
+        if self.of_records and not records:
+            raise ValueError(
+                f"loss {', '.join(self.of_records)}: reads the records of routers, and this model "
+                "has none; use loss=[]"
+            )
+        layers = [(n, out, context.at_layer(i)) for i, (n, out) in enumerate(records.items())]
+        views = {False: layers, True: []}
+        if any(_pools(loss) for loss in self.of_records.values()):
+            views[True] = [(POOLED, *pooled(records, context))]
+        return views
 
     def weight_shares(
         self, layers: Mapping[str, Any], context: RoutingContext
@@ -83,3 +105,8 @@ class AuxiliaryLosses:
                 mean = torch.stack([values_of[key] for values_of in found]).mean()
                 values[f"loss/{name}/{key}"] = float(mean)
         return values
+
+
+def _pools(loss: AuxLoss) -> bool:
+    """Whether a loss looks at all layers together."""
+    return bool(getattr(loss, "pool_layers", False))

@@ -23,9 +23,15 @@ class SubsetSampling(nn.Module):
     The paper speaks of "a model input". ``granularity`` [reconstructed] says what that is:
 
     - ``token``: each token draws its own experts;
-    - ``sequence``: one draw a sequence, from the mean of its real tokens. It looks at all of them,
-      so it is not ``causal``. The sequence's ``log_prob`` is that of its first real token, and 0
-      elsewhere: the choice concerns the losses of all positions.
+    - ``sequence``: one draw a sequence, from the mean of its prompt's tokens (of all its real
+      tokens where the context tells no prompt), or from ``context.sequence_embedding`` where there
+      is one. It looks at all of them, so it is not ``causal``, but ``reads_prompt_only``: where
+      prompts are told it leaks nothing of what follows them. The sequence's ``log_prob`` is that of
+      its first real token, and 0 elsewhere: the choice concerns the losses of all positions.
+
+    The M runs of an input come as blocks of a batch (``context.num_replicas``) or one by one
+    (``context.replica``) and draw the same either way. In training the gate builds its graph even
+    where gradients are off: a run can be there for its choice and its loss alone.
 
     Args:
         d_model: D, width of the tokens.
@@ -56,6 +62,7 @@ class SubsetSampling(nn.Module):
         self.weight = weight
         self.granularity = granularity
         self.causal = granularity == "token"
+        self.reads_prompt_only = granularity == "sequence"
         self.gate = Gate(d_model, num_experts, init_std)
 
     def forward(
@@ -63,21 +70,20 @@ class SubsetSampling(nn.Module):
     ) -> RouterOutput:
         """The record of K picks a token. In training it has ``log_prob``, 0 on padding."""
         valid = None if context is None else context.valid
-        num_sequences = 1 if context is None else context.batch_size
         x, log_prob = x.detach(), None
-        with full_precision(x):
+        learns = self.training and not torch.is_inference_mode_enabled()
+        with full_precision(x), torch.set_grad_enabled(learns or torch.is_grad_enabled()):
             pooled = self.granularity == "sequence"
-            logits = self.gate(_means(x, num_sequences, valid) if pooled else x)
+            logits = self.gate(_sequences(x, context) if pooled else x)
             if self.training:
                 if context is None:
                     raise ValueError("sampling draws from context.seed: pass a RoutingContext")
-                draws = context.generator(x.device)
-                picks = sample_ordered(logits.detach(), self.top_k, draws)
+                picks = _draw(logits.detach(), self.top_k, context)
                 log_prob = ordered_log_prob(logits, picks)
             else:
                 picks = logits.topk(self.top_k, dim=-1).indices
             if pooled:
-                length = len(x) // num_sequences
+                length = len(x) // len(logits)
                 logits, picks = (rows.repeat_interleave(length, 0) for rows in (logits, picks))
                 log_prob = None if log_prob is None else _at_start(log_prob, length, valid)
             if log_prob is not None and valid is not None:
@@ -90,13 +96,30 @@ class SubsetSampling(nn.Module):
         )
 
 
-def _means(x: Tensor, num_sequences: int, valid: Tensor | None) -> Tensor:
-    """The mean of each sequence's real tokens [B, D]; 0 where it has none."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).view(num_sequences, -1, x.shape[1])
-    if valid is None:
+def _draw(logits: Tensor, top_k: int, context: RoutingContext) -> Tensor:
+    """[T, K], each block of samples from its own generator."""
+    draws = context.generators(logits.device)
+    blocks = logits.tensor_split(len(draws))
+    picks = [
+        sample_ordered(*each) for each in zip(blocks, [top_k] * len(draws), draws, strict=True)
+    ]
+    return torch.cat(picks)
+
+
+def _sequences(x: Tensor, context: RoutingContext | None) -> Tensor:
+    """[B, D]: what stands for each sequence; 0 for one without a token to read."""
+    if context is not None and context.sequence_embedding is not None:
+        return context.sequence_embedding.detach()
+    num_sequences = 1 if context is None else context.batch_size
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x = x.to(dtype).view(num_sequences, -1, x.shape[1])
+    read = None if context is None else context.valid
+    if context is not None and context.prompt is not None:
+        read = context.prompt if read is None else read & context.prompt
+    if read is None:
         return x.mean(1)
-    real = valid.view(num_sequences, -1, 1)
-    return torch.where(real, x, 0.0).sum(1) / real.sum(1).clamp(min=1)
+    read = read.view(num_sequences, -1, 1)
+    return torch.where(read, x, 0.0).sum(1) / read.sum(1).clamp(min=1)
 
 
 def _at_start(of_sequence: Tensor, length: int, valid: Tensor | None) -> Tensor:
