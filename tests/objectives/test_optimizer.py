@@ -34,6 +34,31 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     assert scheduler.get_last_lr() == [0.125, 0.125]  # 0.5 * 1/4
 
 
+def test_factors_on_the_learning_rate() -> None:
+    module = nn.ModuleDict({"table": nn.Linear(3, 2), "other": nn.Linear(2, 1, bias=False)})
+    recipe = OptimizerRecipe(ADAMW, 3, lr_factors={"table": 100, "table.bias": 0.5})
+    optimizer, scheduler = recipe.build(module, 10)
+    names = {id(p): name for name, p in module.named_parameters()}
+    found = [([names[id(p)] for p in g["params"]], g["lr"]) for g in optimizer.param_groups]
+    assert found == [
+        (["other.weight"], 0.125),  # 0.5 * 1/4; what has no factor comes first, and is logged
+        (["table.bias"], 6.25),  # 100 * 0.5
+        (["table.weight"], 12.5),
+    ]
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0, 0.1]
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.get_last_lr() == [0.5, 25.0, 50.0]
+
+
+def test_factors_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"lr_factors\['table'\]=0: must be above 0"):
+        OptimizerRecipe(ADAMW, lr_factors={"table": 0})
+    with pytest.raises(ValueError, match=r"lr_factors\['tabel'\]: no trainable .* such as weight"):
+        OptimizerRecipe(ADAMW, lr_factors={"tabel": 2.0}).build(nn.Linear(2, 1), 10)
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match=r"warmup_steps=-1: must be 0 or more"):
         OptimizerRecipe(ADAMW, warmup_steps=-1)

@@ -5,11 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from routerlab.core.errors import NonFiniteLossError
 from routerlab.core.protocols import AuxLoss
@@ -19,27 +17,12 @@ from routerlab.losses.router_z import RouterZLoss
 from routerlab.objectives.blame import blame
 from routerlab.objectives.causal_lm import CausalLM
 from routerlab.objectives.routed import RoutedObjective
+from routerlab.objectives.sample_forms import Pass
 from routerlab.objectives.step import split_batch
 from routerlab.routers.token_choice import TokenChoice
 from tests.helpers.models import objective, tiny_batch, tiny_decoder
 from tests.helpers.records import record
-
-
-def fit(
-    model: pl.LightningModule,
-    batches: list[Any],
-    path: Path,
-    validation: list[Any] | None = None,
-    callbacks: list[pl.Callback] | None = None,
-) -> None:
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_steps=len(batches), num_sanity_val_steps=0,
-        val_check_interval=len(batches) if validation else None, callbacks=callbacks, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=path,
-    )  # fmt: skip
-    loaders = [b and DataLoader(b, batch_size=None) for b in (batches, validation)]
-    trainer.fit(model, *loaders)
+from tests.helpers.training import Remember, fit
 
 
 def accumulate(model: RoutedObjective, micro_batches: int) -> dict[str, float]:
@@ -140,14 +123,6 @@ def test_terms_add_up() -> None:
 # -- the training step ----------------------------------------------------------------------------
 
 
-class Remember(pl.Callback):
-    def __init__(self) -> None:
-        self.results: list[dict[str, Any]] = []
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
-        self.results.append(outputs)
-
-
 def test_steps_are_taken_and_do_not_depend_on_micro_batches(tmp_path: Path) -> None:
     weights, logs = [], []
     for micro_batches in (1, 4):
@@ -196,7 +171,7 @@ def test_blame_when_the_routers_are_fine() -> None:
     model.backbone.layers[1].moe.router.gate.weight.data *= 1e4
     model.backbone.lm_head.weight.data[0, 0] = torch.inf
     batch = tiny_batch(4)
-    message = blame(model.backbone, [batch], [model.context(batch, 0, 0)])
+    message = blame(model.run, [Pass(batch, model.context(batch, 0, 0))])
     assert "all router logits are finite, the largest" in message
     assert "layers.01.moe" in message
 
@@ -206,7 +181,8 @@ def test_blame_survives_a_micro_batch_of_padding() -> None:
     batch["valid"][1] = False
     parts = split_batch(batch, 2)
     contexts = [model.context(part, 0, i) for i, part in enumerate(parts)]
-    assert "layers." in blame(model.backbone, parts, contexts)
+    passes = [Pass(*both) for both in zip(parts, contexts, strict=True)]
+    assert "layers." in blame(model.run, passes)
 
 
 # -- context --------------------------------------------------------------------------------------

@@ -36,7 +36,6 @@ def with_router(router: Any, losses: dict[str, Any] | None = None, **changes: An
 
 def run(model: RoutedObjective, micro_batches: int = 1, step: int = 0) -> tuple[dict, Any]:
     parts = split_batch(tiny_batch(), micro_batches)
-    parts = [sampling.repeat(part, model.num_samples) for part in parts]
     contexts = [model.context(part, step, i) for i, part in enumerate(parts)]
     terms, _, states = model.accumulate(parts, contexts, due=False)
     return terms, states
@@ -185,8 +184,8 @@ def test_surrogate_by_hand(credit: str) -> None:
     losses = torch.tensor([[1.0, 3.0], [2.0, 1.0]], dtype=torch.float64)
     log_probs = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     records = {"l": replace(random_record(4, 3, 1), log_prob=log_probs)}
-    targets, total = torch.tensor([2, 2]), torch.tensor(4.0)
-    value = sampling.surrogate(losses, targets, total, records, 2, credit)
+    samples = sampling.Samples.of([losses], [records], torch.tensor([2]))
+    value = samples.surrogates(torch.tensor(4.0), credit).sum()
     (slope,) = torch.autograd.grad(value, log_probs)
     # mean losses 2 and 1.5: advantages +-.25 (divisor M - 1 = 1), for both tokens; the sequence's
     # weight is 4 / 4. To go: [2, 1.5], [1.5, .5]: differences from their means +-.25, +-.5
@@ -209,7 +208,7 @@ def test_the_policy_gradient_is_clipped_on_its_own() -> None:
 
 
 def test_number_of_samples() -> None:
-    assert sampled().num_samples == 2
+    assert sampled().num_samples == 4
     assert with_router(TokenChoice).num_samples == 1
     with pytest.raises(ValueError, match="num_samples=1.*at least 2"):
         sampled(num_samples=1)
@@ -237,6 +236,16 @@ def test_marks() -> None:
     assert {mark: looks_ahead(tiny_decoder(router=r)) for mark, r in marks.items()} == {
         mark: mark for mark in marks
     }
+
+
+def test_routers_that_read_the_prompt_alone_are_causal_where_prompts_are_told() -> None:
+    decoder = tiny_decoder(router=partial(SubsetSampling, granularity="sequence"))
+    assert looks_ahead(decoder) == "in evaluation"
+    assert looks_ahead(decoder, gives_prompt=True) == "no"
+    with pytest.raises(ValueError, match="allow_noncausal=true"):
+        objective(decoder, {})
+    other = tiny_decoder(router=partial(TokenChoice, eval_capacity_factor=1.0))
+    assert looks_ahead(other, gives_prompt=True) == "in evaluation"
 
 
 def test_contexts_of_a_step_share_one_seed() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from routerlab.backbones.base_models import load_base
 from routerlab.backbones.decoder import BackboneOutput
+from routerlab.backbones.shared_trunk import SharedTrunk
 from routerlab.core.checks import choice, within
 from routerlab.core.routing import RoutingContext
 
@@ -71,6 +72,7 @@ class PretrainedLM(nn.Module):
         self.model: Any = base if adapter is None else _adapted(base, adapter)
         tuner = self.model.base_model if adapter is not None else None
         self._state: Any = getattr(tuner, "state", None)
+        self._trunk = SharedTrunk(base)
         layers = {} if self._state is None else self._state.layers
         self.moe_layers: dict[str, Any] = {
             name: layer for name, layer in layers.items() if layer.router is not None
@@ -93,7 +95,8 @@ class PretrainedLM(nn.Module):
     ) -> BackboneOutput:
         """Logits [B keep V] of the last ``logits_to_keep`` positions (0: of all), in the dtype of
         the model, and the record of every routed layer. Padding (``context.valid``) may be on
-        either side: real tokens do not attend to it, and positions count real tokens.
+        either side: real tokens do not attend to it, and positions count real tokens. Blocks of the
+        same sequences (``context.num_replicas``) run once below the first adapted layer.
         """
         batch_size, length = input_ids.shape
         if length > self.max_positions:
@@ -113,7 +116,12 @@ class PretrainedLM(nn.Module):
         options = {name: value for name, value in options.items() if name in self._takes}
         if self._state is not None:
             self._state.context = replace(context, token_ids=input_ids.reshape(-1))
-        logits = self.model(input_ids=input_ids, **options).logits
+        once = batch_size // context.num_replicas
+        for name in ("attention_mask", "position_ids"):
+            if name in options:
+                options[name] = options[name][:once]
+        with self._trunk.copies(context.num_replicas, once):
+            logits = self.model(input_ids=input_ids[:once], **options).logits
         records = {} if self._state is None else dict(self._state.records)
         return BackboneOutput(logits[:, -logits_to_keep:], records)
 

@@ -1,25 +1,28 @@
 """Where a step that is not finite went wrong."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 
+from routerlab.backbones.decoder import BackboneOutput
 from routerlab.core.routing import RoutingContext
+from routerlab.objectives.sample_forms import Pass
 from routerlab.objectives.step import Batch, all_reduce_max
 
 
 @torch.no_grad()
-def blame(backbone: nn.Module, parts: Sequence[Batch], contexts: Sequence[RoutingContext]) -> str:
-    """Says which layer's router logits blew up: the forward pass once more, looking."""
+def blame(run: Callable[[Batch, RoutingContext], BackboneOutput], passes: Sequence[Pass]) -> str:
+    """Says which layer's router logits blew up: the forward passes once more, looking."""
     peaks: dict[str, float] = {}
-    for part, context in zip(parts, contexts, strict=True):
-        for layer, out in backbone(part["input_ids"], context).router_outputs.items():
+    for one in passes:
+        for layer, out in run(one.batch, one.context).router_outputs.items():
             logits = out.without_padding(out.router_logits)
-            peak = logits.abs().amax().item() if len(logits) else 0.0
+            peak = logits.detach().abs().amax().item() if len(logits) else 0.0
             peaks[layer] = peak if math.isnan(peak) else max(peaks.get(layer, 0.0), peak)
-    device = parts[0]["input_ids"].device
+    if not peaks:
+        return "there are no routers; the model's own logits are not finite"
+    device = passes[0].batch["input_ids"].device
     flat = torch.tensor(list(peaks.values()), dtype=torch.float64, device=device)
     flat = all_reduce_max(flat.nan_to_num(torch.inf, torch.inf)).tolist()
     peaks = dict(zip(peaks, flat, strict=True))

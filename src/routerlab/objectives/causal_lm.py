@@ -1,12 +1,15 @@
 """Next-token prediction."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from routerlab.objectives.lookahead import refuse_lookahead
 from routerlab.objectives.routed import Batch, RoutedObjective
+from routerlab.objectives.validation import BitsPerByte
 
 
 class CausalLM(RoutedObjective):
@@ -15,21 +18,28 @@ class CausalLM(RoutedObjective):
     Routers that look across tokens in evaluation (``causal = False``) leak the future into the
     prediction: their numbers are not those of a language model. They are refused, unless
     ``allow_noncausal``; summaries, tables and reports then mark the run. Those that look ahead in
-    training only are taken, and marked as well (see `objectives.lookahead`). The other arguments
-    are those of `RoutedObjective`.
+    training only are taken, and marked as well (see `objectives.lookahead`).
+
+    Args:
+        bytes_per_token: of each domain, to report bits per byte (in training: of their mean).
+
+    The other arguments are those of `RoutedObjective`.
     """
 
     def __init__(
-        self, backbone: nn.Module, *, allow_noncausal: bool = False, **shared: Any
+        self,
+        backbone: nn.Module,
+        *,
+        allow_noncausal: bool = False,
+        bytes_per_token: list[float] | None = None,
+        **shared: Any,
     ) -> None:
         super().__init__(backbone, **shared)
-        if self.looks_ahead == "in evaluation" and not allow_noncausal:
-            names = [n for n, m in backbone.named_modules() if not getattr(m, "causal", True)]
-            raise ValueError(
-                f"{min(names, default='a router under its schedule')} looks at other tokens "
-                "(causal=False) and would leak the future; choose another router, or set "
-                "objective.allow_noncausal=true: the results are then marked as leaking"
-            )
+        if bytes_per_token and len(bytes_per_token) != len(self.domains):
+            raise ValueError(f"bytes_per_token={bytes_per_token}: one for each of {self.domains}")
+        refuse_lookahead(backbone, self.looks_ahead, allow_noncausal)
+        self.bytes_per_token = bytes_per_token or [1.0] * len(self.domains)
+        self._bytes_per_token = sum(self.bytes_per_token) / len(self.bytes_per_token)
 
     def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy [B, S] in nats; 0 where there is no target."""
@@ -37,3 +47,11 @@ class CausalLM(RoutedObjective):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
         losses = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="none")
         return losses.view(labels.shape)
+
+    def task_scalars(self, task: float) -> dict[str, float]:
+        """The step's loss in bits per byte."""
+        return {"train/bits_per_byte": task / math.log(2) / self._bytes_per_token}
+
+    def validation_scores(self) -> BitsPerByte:
+        """Loss and bits per byte, over all and by domain."""
+        return BitsPerByte(self.domains, self.bytes_per_token, self.device)

@@ -13,12 +13,17 @@ def rehearse(objective: RoutedObjective) -> None:
     that do not fit raise their ``ValueError`` before any training.
     """
     objective.schedules.apply(0.0)
-    length = min(8, getattr(objective.backbone, "max_positions", 8))
-    ids = torch.arange(2 * length).view(2, length) % 2
-    batch = {"input_ids": ids, "labels": ids, "domain": torch.zeros_like(ids[:, 0])}
+    batch = objective.example(min(8, getattr(objective.backbone, "max_positions", 8)))
     context = objective.context(batch, 0, 0)
-    records = objective.backbone(ids, context).router_outputs
-    totals, _ = step_totals([context], torch.tensor(ids.numel()))
+    out = objective.run(batch, context)
+    objective.task_loss(out.logits, batch)
+    records = out.router_outputs
+    if objective.losses.by_name and not records:
+        names = ", ".join(objective.losses.by_name)
+        raise ValueError(
+            f"loss=[{names}]: the model has no router that it could judge; use loss=[]"
+        )
+    totals, _ = step_totals([context], objective.num_targets(batch).sum())
     step_sums = sum_over_step([objective.losses.step_sums(records, context)])
     objective.losses.shares(records, context, totals, step_sums)
     layers = getattr(objective.backbone, "moe_layers", {})

@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from routerlab.core.checks import choice
 from routerlab.core.errors import NonFiniteLossError
@@ -20,22 +18,15 @@ from routerlab.objectives.auxiliary import AuxiliaryLosses
 from routerlab.objectives.blame import blame
 from routerlab.objectives.lookahead import worst_mark
 from routerlab.objectives.optimizer import OptimizerRecipe
-from routerlab.objectives.router_state import state_sums, update_routers
+from routerlab.objectives.router_state import update_routers
+from routerlab.objectives.sample_forms import flat
 from routerlab.objectives.scheduled import Scheduled
-from routerlab.objectives.step import (
-    Batch,
-    Sums,
-    all_reduce,
-    rank,
-    split_batch,
-    step_totals,
-    sum_over_step,
-    world_size,
-)
-from routerlab.objectives.validation import validation_scalars
+from routerlab.objectives.step import Batch, all_reduce, rank, split_batch
+from routerlab.objectives.step_gradient import StepGradient
+from routerlab.objectives.validation import Scores
 
 
-class RoutedObjective(pl.LightningModule):
+class RoutedObjective(StepGradient):
     r"""A task loss plus weighted auxiliary losses: a batch is one optimizer step of this rank.
 
     .. math:: \frac{\sum_n \ell_n}{\#n} + \sum_{loss} w_{loss} \frac{1}{L} \sum_l loss(layer\ l)
@@ -53,7 +44,8 @@ class RoutedObjective(pl.LightningModule):
     Routers that keep state between steps (biases, prices, thresholds) change it once, right after
     the optimizer step.
 
-    A subclass says what the task is: `task_loss`.
+    A subclass says what the task is: `task_loss` and `validation_scores`; ``gives_prompt`` where
+    its batches tell the prompt from the rest.
 
     Args:
         backbone: ``(input_ids, context) -> BackboneOutput``.
@@ -63,13 +55,18 @@ class RoutedObjective(pl.LightningModule):
         micro_batches: pieces into which a rank's batch is cut.
         gradient_clip_norm: largest norm of the gradient; null does not clip. The policy gradient of
             sampling routers is noisy, and clipped on its own.
-        num_samples: runs of each sequence in a step; null: 2 if a router samples, else 1.
+        num_samples: M, runs of each sequence in a step; null: 4 if a router samples
+            [reconstructed], else 1.
+        sample_form: how they are run (`sample_forms.cut`): ``replicated`` (one pass over M copies),
+            ``looped`` (M passes, the memory of one) or ``cheap`` (M - 1 of them without gradients:
+            all but the routers learn from one sample).
         credit: which losses a sampled choice answers for: ``sequence`` (all of its sequence's) or
             ``reward_to_go`` (those at its position and after).
         log_every: diagnostics are computed on every n-th step.
         domains: names of the labels in ``batch["domain"]``.
-        bytes_per_token: of each domain, to report bits per byte (in training: of their mean).
     """
+
+    gives_prompt = False
 
     def __init__(
         self,
@@ -82,10 +79,10 @@ class RoutedObjective(pl.LightningModule):
         micro_batches: int = 1,
         gradient_clip_norm: float | None = 1.0,
         num_samples: int | None = None,
+        sample_form: str = "replicated",
         credit: str = "sequence",
         log_every: int = 10,
         domains: list[str] | None = None,
-        bytes_per_token: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -94,31 +91,33 @@ class RoutedObjective(pl.LightningModule):
                 raise ValueError(f"{name}={value}: must be at least 1")
         if gradient_clip_norm is not None and gradient_clip_norm <= 0:
             raise ValueError(f"gradient_clip_norm={gradient_clip_norm}: must be above 0, or null")
-        if bytes_per_token and len(bytes_per_token) != len(domains or ["all"]):
-            raise ValueError(f"bytes_per_token={bytes_per_token}: one for each of {domains}")
         self.backbone, self.recipe = backbone, optimizer
         self.losses, self.diagnostics = AuxiliaryLosses(losses), dict(diagnostics)
         self.schedules = Scheduled(schedules or {}, losses, list(self._routers().values()))
-        self.looks_ahead = worst_mark(backbone, self.schedules)
-        self.policy = sampling.policy_parameters(self._routers().values())
+        self.looks_ahead = worst_mark(backbone, self.schedules, self.gives_prompt)
+        self.policy = sampling.policy_parameters(self._routers())
         self.num_samples = sampling.check_num_samples(num_samples, bool(self.policy))
+        sampling.check_form(sample_form, self._routers())
         choice("credit", credit, ("sequence", "reward_to_go"))
         self.seed, self.micro_batches, self.log_every = seed, micro_batches, log_every
-        self.credit = credit
+        self.sample_form, self.credit = sample_form, credit
         self.gradient_clip_norm = gradient_clip_norm
         self.domains = domains or ["all"]
-        self.bytes_per_token = bytes_per_token or [1.0] * len(self.domains)
-        self._bytes_per_token = sum(self.bytes_per_token) / len(self.bytes_per_token)
         self.loaded_step: int | None = None  # of a checkpoint that is only evaluated
         self.validation_result: tuple[dict[str, float], dict[str, list]] = ({}, {})
 
-    def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Loss [B, S] of each position in nats; positions without a target hold 0."""
-        raise TypeError(f"{type(self).__name__} does not define task_loss")
+    def task_scalars(self, task: float) -> dict[str, float]:
+        """Other names of a training step's task loss, in the units of the task."""
+        return {}
 
-    def num_targets(self, batch: Batch) -> Tensor:
-        """Number of positions of ``batch`` that have a target, [B]."""
-        return (batch["labels"] != -100).sum(1)
+    def validation_scores(self) -> Scores:
+        """Scores of a validation, with nothing added yet."""
+        raise TypeError(f"{type(self).__name__} does not define validation_scores")
+
+    def example(self, length: int) -> Batch:
+        """Two sequences of token numbers 0 and 1, to rehearse with."""
+        ids = torch.arange(2 * length).view(2, length) % 2
+        return {"input_ids": ids, "labels": ids, "domain": torch.zeros_like(ids[:, 0])}
 
     # -- one optimizer step ---------------------------------------------------------------------
 
@@ -129,14 +128,13 @@ class RoutedObjective(pl.LightningModule):
         optimizer.zero_grad()
         self.schedules.apply(self._progress(step))
         parts = split_batch(batch, self.micro_batches)
-        parts = [sampling.repeat(part, self.num_samples) for part in parts]
         contexts = [self.context(part, step, i) for i, part in enumerate(parts)]
         terms, sums, states = self.accumulate(parts, contexts, due)
         norm = self._clip()
         if not (math.isfinite(terms["loss"]) and math.isfinite(norm)):
             raise NonFiniteLossError(
                 f"step {step + 1}: loss {terms['loss']}, gradient norm {norm}; "
-                f"{blame(self.backbone, parts, contexts)}. The step was not taken."
+                f"{blame(self.run, flat(self._pieces(parts, contexts)))}. The step was not taken."
             )
         scheduler: Any = self.lr_schedulers()
         lr = scheduler.get_last_lr()[0]
@@ -147,86 +145,26 @@ class RoutedObjective(pl.LightningModule):
         if due:
             task = terms["task"]
             scalars = {"train/loss": task, "train/total_loss": terms["loss"]}
-            scalars["train/bits_per_byte"] = task / math.log(2) / self._bytes_per_token
+            scalars |= self.task_scalars(task)
             scalars |= {"train/learning_rate": lr, "train/grad_norm": norm}
-            scalars |= {key: value for key, value in terms.items() if key.startswith("loss/")}
+            scalars |= {key: terms[key] for key in terms if key.startswith(("loss/", "policy/"))}
             scalars |= self.losses.probes(self._layers())
             routing, result["distributions"] = flatten(sums.values(all_reduce), "router")
             result["scalars"] = scalars | routing
         return result
 
-    def accumulate(
-        self, parts: list[Batch], contexts: list[RoutingContext], due: bool
-    ) -> tuple[dict[str, float], DiagnosticSums, list[Sums]]:
-        """Adds the gradient of the step to the parameters; returns the step's loss terms (equal on
-        all ranks), when ``due`` the diagnostic sums of this rank, and what the micro-batches have
-        to say to routers that keep state.
-        """
-        targets = torch.stack([self.num_targets(part).sum() for part in parts]).sum()
-        totals, num_targets = step_totals(contexts, targets)
-        step_sums = self.count_step(parts, contexts)
-        sums, states, terms = DiagnosticSums(self.diagnostics if due else {}), [], {}
-        for index, (part, context) in enumerate(zip(parts, contexts, strict=True)):
-            out = self.backbone(part["input_ids"], context)
-            if step_sums is None:  # one micro-batch: its own records tell
-                step_sums = sum_over_step([self.losses.step_sums(out.router_outputs, context)])
-            token_losses = self.task_loss(out.logits, part)
-            shares = {"task": token_losses.sum() / num_targets}
-            shares |= self.losses.shares(out.router_outputs, context, totals, step_sums)
-            if index == 0:
-                shares |= self.losses.weight_shares(self._layers(), context)
-            shares["loss"] = self.losses.weigh(shares)
-            gradient_of = shares["loss"]
-            if self.policy:
-                gradient_of = gradient_of + sampling.surrogate(
-                    token_losses,
-                    self.num_targets(part),
-                    num_targets,
-                    out.router_outputs,
-                    self.num_samples,
-                    self.credit,
-                )
-            with self._sync(last=index == len(parts) - 1):
-                # DDP averages gradients over ranks; shares are to be summed
-                self._backward(gradient_of * world_size())
-            sums.add(out.router_outputs, context)
-            states.append(state_sums(out.router_outputs))
-            for key, share in shares.items():
-                terms[key] = terms.get(key, 0.0) + share.detach()
-        values = all_reduce(torch.stack(list(terms.values()))).tolist()
-        terms = dict(zip(terms, values, strict=True))
-        for name, loss in self.losses.by_name.items():
-            terms[f"loss/{name}/weighted"] = terms[f"loss/{name}"] * loss.weight
-        return terms, sums, states
-
-    @torch.no_grad()
-    def count_step(self, parts: list[Batch], contexts: list[RoutingContext]) -> Sums | None:
-        """Sums of the whole step that losses ask for, by a forward pass without gradients; None
-        where the records of the only micro-batch will tell, empty where no loss asks.
-        """
-        if not self.losses.need_step_sums:
-            return {}
-        if len(parts) == 1:
-            return None
-        sums = sum_over_step(
-            [
-                self.losses.step_sums(self.backbone(p["input_ids"], c).router_outputs, c)
-                for p, c in zip(parts, contexts, strict=True)
-            ]
-        )
-        torch.clear_autocast_cache()  # its casts were made without gradients
-        return sums
-
     def context(self, batch: Batch, step: int, part: int) -> RoutingContext:
         """What routers may know of a micro-batch."""
         batch_size, length = batch["input_ids"].shape
-        valid = batch.get("valid")
+        valid, prompt = batch.get("valid"), batch.get("prompt")
         return RoutingContext(
             batch_size=batch_size,
             sequence_length=length,
             valid=None if valid is None else valid.reshape(-1),
+            prompt=None if prompt is None else prompt.reshape(-1),
             domain_ids=batch.get("domain"),
             num_domains=len(self.domains),
+            task_ids=batch.get("task"),
             progress=self._progress(step),
             seed=stable_seed(self.seed, step, part, rank()),
             step_seed=stable_seed(self.seed, step),
@@ -241,35 +179,25 @@ class RoutedObjective(pl.LightningModule):
     def _steps_taken(self) -> int:
         return self.global_step if self.loaded_step is None else self.loaded_step
 
-    def _layers(self) -> dict[str, Any]:
-        """The MoE layers, by the names of their records; none if the backbone does not tell."""
-        return getattr(self.backbone, "moe_layers", {})
-
-    def _routers(self) -> dict[str, Any]:
-        return {name: layer.router for name, layer in self._layers().items()}
-
     # -- validation -----------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
         """Starts the sums over the validation set, with routers as the steps taken leave them."""
         self.schedules.apply(self._progress(self._steps_taken))
-        self._val_loss = torch.zeros(len(self.domains), 2, dtype=torch.float64, device=self.device)
+        self._scores = self.validation_scores()
         self._val_sums = DiagnosticSums(self.diagnostics)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the sums: nothing is averaged before the end."""
         context = self.context(batch, self._steps_taken, batch_idx)
-        out = self.backbone(batch["input_ids"], context)
-        losses = self.task_loss(out.logits, batch).double().sum(1)
-        rows = torch.stack([losses, self.num_targets(batch).double()], dim=1)
-        domain = batch.get("domain", torch.zeros_like(batch["input_ids"][:, 0]))
-        self._val_loss.index_add_(0, domain, rows)
+        out = self.run(batch, context)
+        losses = self.task_loss(out.logits, batch)
+        self._scores.add(batch, out.logits, losses, self.num_targets(batch))
         self._val_sums.add(out.router_outputs, context)
 
     def on_validation_epoch_end(self) -> None:
         """Reduces over ranks, then takes means: `validation_result` holds what came out."""
-        sums = all_reduce(self._val_loss)
-        scalars = validation_scalars(sums, self.domains, self.bytes_per_token)
+        scalars = self._scores.values()
         routing, distributions = flatten(self._val_sums.values(all_reduce), "val/router")
         self.validation_result = (scalars | routing, distributions)
 
@@ -279,18 +207,6 @@ class RoutedObjective(pl.LightningModule):
         """The optimizer and its schedule over ``trainer.max_steps``."""
         optimizer, scheduler = self.recipe.build(self, self.trainer.max_steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
-
-    def _sync(self, last: bool) -> Any:
-        """Ranks exchange gradients once a step, with the last micro-batch."""
-        strategy = None if self._trainer is None else self.trainer.strategy
-        block = getattr(strategy, "block_backward_sync", None)
-        return nullcontext() if last or block is None else block()
-
-    def _backward(self, loss: Tensor) -> None:
-        if self._trainer is None:
-            loss.backward()
-        else:
-            self.manual_backward(loss)
 
     def _clip(self) -> float:
         limit = math.inf if self.gradient_clip_norm is None else self.gradient_clip_norm

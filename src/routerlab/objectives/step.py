@@ -67,6 +67,19 @@ def step_totals(
     return StepTotals(tokens, sequences), targets
 
 
+def add_up(terms: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The sum of each named term."""
+    return {key: sum_of([each[key] for each in terms]) for key in (terms[0] if terms else {})}
+
+
+def sum_of(values: Sequence[Tensor]) -> Tensor:
+    """Their sum, in order; of one value that value itself."""
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
+
+
 @torch.no_grad()
 def sum_over_step(parts: Sequence[Sums], mean: bool = False) -> Sums:
     """The sum (or mean) of each named tensor over micro-batches and ranks, in one reduction."""

@@ -1,0 +1,60 @@
+"""Right answers, counted by hand."""
+
+import math
+
+import pytest
+import torch
+
+from routerlab.objectives.answers import (
+    AnswerScores,
+    exact_matches,
+    right_items,
+    wilson_interval,
+)
+from tests.helpers.questions import rows
+
+
+def test_wilson_interval() -> None:
+    assert wilson_interval(0, 10) == pytest.approx((0, 0.2775328), abs=1e-6)
+    assert wilson_interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    for right, items in ((1, 7), (500, 1000)):  # the shares 1.96 standard errors away
+        for share in wilson_interval(right, items):
+            error = math.sqrt(share * (1 - share) / items)
+            assert abs(right / items - share) == pytest.approx(1.959964 * error)
+    assert wilson_interval(3, 3)[1] == 1
+
+
+def test_items_by_hand() -> None:
+    scores = torch.tensor([-1.0, -2, -3, -1, -5, -5, torch.nan, -4, -9, -8])
+    item = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4, 5])
+    gold = torch.tensor([True, False, True, False, True, False, False, True, True, True])
+    chooses = torch.tensor([True] * 8 + [False] * 2)
+    matches = torch.tensor([False] * 8 + [True, False])
+    right, first = right_items(scores, matches, item, gold, chooses)
+    # best; not best; the first of equals; what is not a number never wins; matched; not matched
+    assert right.tolist() == [True, False, True, True, True, False]
+    assert first.tolist() == [0, 2, 4, 6, 8, 9]
+
+
+def test_exact_matches_by_hand() -> None:
+    logits = torch.eye(4)[torch.tensor([[1, 2], [3, 3], [0, 1]])]
+    labels = torch.tensor([[-100, 1, 2], [-100, 3, 0], [-100, -100, 1]])
+    assert exact_matches(logits, labels).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(("option_score", "right"), [("sum", 1), ("mean", 0)])
+def test_scores_by_hand(option_score: str, right: int) -> None:
+    # option nats: 3 (1 token) or 4 (2 tokens): the sum prefers the first, the mean the second
+    scores = AnswerScores(["a", "b"], option_score, torch.device("cpu"))
+    batch = rows([([5], [6]), ([5], [6, 7])], task=[1, 1], item=[0, 0], gold=[True, False],
+                 chooses=[True, True])  # fmt: skip
+    losses = torch.tensor([[0.0, 3.0], [1.0, 3.0]])
+    scores.add(batch, torch.zeros(2, 2, 8), losses, torch.tensor([1, 2]))
+    found = scores.values()
+    assert found["val/loss"] == 3.0
+    assert found["val/items"] == found["val/items/b"] == 1
+    assert found["val/accuracy"] == found["val/accuracy/b"] == right
+    assert "val/accuracy/a" not in found
+    assert "val/sampled_loss" not in found
+    low, high = wilson_interval(right, 1)
+    assert (found["val/accuracy_low"], found["val/accuracy_high"]) == (low, high)
