@@ -17,7 +17,7 @@ from routerlab.cli.main import COMMANDS, main
 HEAVY = ("torch", "lightning", "hydra", "transformers", "datasets", "wandb")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["routers"], []])
+@pytest.mark.parametrize("words", [["--help"], ["routers"], ["adapters"], []])
 def test_first_answers_import_nothing_heavy(words: list[str]) -> None:
     code = (
         "import sys; from routerlab.cli.main import main; code = main(sys.argv[1:]); "
@@ -39,6 +39,13 @@ def test_routers_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str
     assert main(["routers"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == rl.available("router")
+    assert all(len(line.split()) > 4 for line in lines)
+
+
+def test_adapters_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapters"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == rl.available("adapter")
     assert all(len(line.split()) > 4 for line in lines)
 
 

@@ -14,13 +14,13 @@ from routerlab.objectives.causal_lm import CausalLM
 from routerlab.objectives.lookahead import looks_ahead
 from routerlab.objectives.rehearsal import rehearse
 from routerlab.objectives.router_state import update_routers
-from routerlab.objectives.sampling import repeat
 from routerlab.training.assemble import build_objective
 from routerlab.training.evaluate import evaluate, load_objective
 from routerlab.training.run_directory import RunDirectory
 from routerlab.training.summary import print_headline
 
 LEAKING = {"expert_choice", "expert_choice_capped"}
+NEED_TASKS = {"by_task"}  # and are refused where text has none
 
 
 def built(words: list[str], *more: str) -> CausalLM:
@@ -34,10 +34,14 @@ def built(words: list[str], *more: str) -> CausalLM:
 def test_one_step(router: str, tiny_words: Callable[..., list[str]]) -> None:
     leaks = [f"objective.allow_noncausal={str(router in LEAKING).lower()}"]
     objective = built(tiny_words(), f"router={router}", *leaks)
-    rehearse(objective)
+    if router in NEED_TASKS:
+        with pytest.raises(ValueError, match="train on data that has tasks"):
+            rehearse(objective)
+    else:
+        rehearse(objective)
     ids = torch.randint(256, (4, 33), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "domain": torch.zeros(4).long()}
-    batch = repeat(batch, objective.num_samples)
+    batch["task"] = torch.arange(4)
     terms, _, states = objective.accumulate([batch], [objective.context(batch, 0, 0)], due=True)
     assert all(math.isfinite(value) for value in terms.values())
     learned = [layer.router.parameters() for layer in objective.backbone.moe_layers.values()]

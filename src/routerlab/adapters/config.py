@@ -1,5 +1,7 @@
 """What a mixture of LoRA experts is made of: the config that PEFT saves beside the weights."""
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,11 +11,19 @@ from torch import nn
 
 from routerlab.core.checks import choice, within
 from routerlab.core.config import ConfigError, compose, nearest
-from routerlab.core.instantiate import locate, parameters
+from routerlab.core.instantiate import check_targets, locate, parameters
 from routerlab.routers.build import with_balancer
 
 PEFT_TYPE = "ROUTERLAB_MIXTURE"
 FORMAT = 1  # of what is saved
+_LIBRARIES = ("torch", "peft", "lightning", "transformers")  # they have no routers
+_FORM_OF = {
+    "dropout_per_expert": "shared_a",
+    "core_dropout": "core",
+    "core_router": "core",
+    "gate_noise": "skills",
+    "num_tasks": "skills",
+}
 FORMS = ("lora", "shared_a", "core", "feed_forward", "skills")
 
 
@@ -71,10 +81,10 @@ class MixtureOfLoraConfig(PeftConfig):
     router_init: str | None = None
     experts: str = "lora"
     r: int = 8
-    lora_alpha: float = 16.0
+    lora_alpha: int | float = 16.0
     use_rslora: bool = False
     omega: str | None = None
-    lora_dropout: float = 0.0
+    lora_dropout: int | float = 0.0
     dropout_per_expert: bool = False
     core_dropout: bool = False
     core_router: bool = True
@@ -98,6 +108,7 @@ class MixtureOfLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE  # type: ignore[assignment]
+        self._fresh = self.base_model is None  # not read from beside trained weights
         if self.format_version > FORMAT:
             raise ValueError(
                 f"format_version={self.format_version}: saved by a newer routerlab; this one reads "
@@ -112,8 +123,11 @@ class MixtureOfLoraConfig(PeftConfig):
     @property
     def scaling(self) -> float:
         """s, or 1 where the router's weights are omega."""
-        if self.omega is not None:
-            return 1.0
+        return self.plain_scaling if self.omega is None else 1.0
+
+    @property
+    def plain_scaling(self) -> float:
+        """s of a LoRA that nothing routes."""
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
     def make_router(self, d_model: int) -> nn.Module:
@@ -141,13 +155,20 @@ class MixtureOfLoraConfig(PeftConfig):
         for name in ("num_experts", "r", "num_heads"):
             within(name, getattr(self, name), 1)
         within("lora_alpha", self.lora_alpha, 0, above=True)
-        within("lora_dropout", self.lora_dropout, 0, 1)
+        within("lora_dropout", self.lora_dropout, 0, 1, below=True)
         if self.top_k is not None:
             within("top_k", self.top_k, 1, self.num_experts)
         if self.experts == "skills":
             self._check_skills()
-        elif self.router is None and self.num_experts > 1:
+        elif self.router is None and (self.num_experts > 1 or self.experts == "feed_forward"):
             raise ValueError(f"router=None: num_experts={self.num_experts} experts need a router")
+        for name in ("top_k", "granularity", "omega", "router_init"):
+            if self.router is None and (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name}={value!r}: is of a router, and there is none")
+        for name, form in _FORM_OF.items():
+            usual = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != usual and self.experts != form:
+                raise ValueError(f"{name} is of experts={form!r}, not {self.experts!r}")
         if self.experts != "skills" and (self.adapt or self.num_heads > 1):
             raise ValueError(f"adapt and num_heads are of experts='skills', not {self.experts!r}")
         if self.adapt and not self.adapt_from and self.base_model is None:
@@ -163,6 +184,8 @@ class MixtureOfLoraConfig(PeftConfig):
                 f"router={_name(self.router)!r}: experts='skills' mixes factors by task, with a "
                 "table of tasks for its router; no other fits (router=None)"
             )
+        if self.lora_dropout:
+            raise ValueError(f"lora_dropout={self.lora_dropout}: experts='skills' have no dropout")
         if self.num_tasks is None and self.adapt is None:
             raise ValueError("num_tasks: experts='skills' route by task; say how many there are")
         if self.num_tasks is not None:
@@ -177,12 +200,14 @@ class MixtureOfLoraConfig(PeftConfig):
             assert isinstance(spec, dict)
             if cfg.get("balancer"):
                 spec["balancer"] = OmegaConf.to_container(cfg.balancer, resolve=True)
-        spec = {str(key): value for key, value in dict(spec).items()}
-        for part in (spec, spec.get("balancer") or {}):
-            top = str(part.get("_target_", "routerlab")).split(".")[0]
-            if top in ("torch", "peft", "lightning", "transformers"):
-                raise ConfigError(f"router: _target_={part['_target_']!r} is not a router")
-        target = locate(spec["_target_"])
+        if not isinstance(spec, Mapping) or "_target_" not in spec:
+            raise ConfigError(
+                f"router={spec!r}: must be a name in configs/router, a dict with _target_, or None"
+            )
+        spec = {str(key): value for key, value in spec.items()}
+        target = _checked_class("router", spec)
+        if spec.get("balancer") is not None:
+            _checked_class("balancer", spec["balancer"])
         accepted = parameters(target)
         knobs = {"top_k": self.top_k, "granularity": self.granularity}
         for name, value in knobs.items():
@@ -196,12 +221,29 @@ class MixtureOfLoraConfig(PeftConfig):
                     f"omega={self.omega!r}: {target.__name__} has no constant weights; use "
                     "router='subset_sampling', or omega=None with lora_alpha"
                 )
+            spec.setdefault("top_k", inspect.signature(target).parameters["top_k"].default)
             size = spec["top_k"] * self.r
             spec["weight"] = 2 / (size if self.omega == "lora" else size**0.5)
         unknown = [name for name in spec if name not in (*accepted, "_target_", "balancer")]
         if unknown:
             raise ValueError(f"router: no knob {unknown[0]!r}; {nearest(unknown[0], accepted)}")
         return spec
+
+
+def _checked_class(field: str, spec: Mapping[str, Any]) -> Any:
+    """The class that a spec names. A saved adapter may come from anybody, so it cannot name any
+    callable: only modules of ours or of the user's own directories, with plain arguments.
+    """
+    name, target = spec.get("_target_"), None
+    if isinstance(name, str) and name.split(".")[0] not in _LIBRARIES:
+        check_targets(OmegaConf.create({"_target_": name}))
+        target = locate(name)
+    if not (isinstance(target, type) and issubclass(target, nn.Module)):
+        raise ConfigError(f"{field}: _target_={name!r} is not a {field}")
+    for key, value in spec.items():
+        if isinstance(value, Mapping) and key != "balancer":
+            raise ConfigError(f"{field}: {key}={value!r} must be a plain value")
+    return target
 
 
 def _name(router: Any) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from routerlab.core.routing import RouterOutput, RoutingContext
+from routerlab.core.seeding import stable_seed
 
 
 def mixing_weights(output: RouterOutput) -> Float[Tensor, "T E"]:
@@ -26,27 +27,51 @@ def kaiming_(weight: Tensor, fan_in: int) -> Tensor:
     return nn.init.uniform_(weight, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
 
+def add_product(
+    y: Float[Tensor, "*B O"],
+    codes: Float[Tensor, "T R"],
+    up: Float[Tensor, "O R"],
+    scale: int | float,
+) -> Float[Tensor, "*B O"]:
+    """``y + scale * codes up^T``, with y [... O] of T rows: in one operation where the types agree,
+    since what is as large as y costs more than the arithmetic.
+    """
+    if y.dtype == codes.dtype and (y.dtype == up.dtype or torch.is_autocast_enabled(y.device.type)):
+        return torch.addmm(y.reshape(-1, y.shape[-1]), codes, up.t(), alpha=scale).view(y.shape)
+    return y + (scale * F.linear(codes, up)).to(y.dtype).view(y.shape)
+
+
 class Dropout(nn.Module):
     """Inverted dropout whose mask comes from the context: a layer that runs again draws the same
     mask, and the samples of a policy share one, since a mask of its own would enter a sample's
-    reward.
+    reward. Masks are independent of what routers draw, and of each other if of another ``use``.
     """
 
-    def __init__(self, p: float) -> None:
+    def __init__(self, p: int | float) -> None:
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor, context: RoutingContext, draws: int = 1) -> Tensor:
+    def forward(
+        self, x: Tensor, context: RoutingContext, draws: int = 1, use: str = "input"
+    ) -> Tensor:
         """``x`` [T ...] under a mask, or [draws T ...] under as many masks."""
-        if not self.training or self.p == 0:
+        mask = self.mask((draws, *x.shape), x, context, use)
+        if mask is None:
             return x if draws == 1 else x.expand(draws, *x.shape)
+        return x * (mask[0] if draws == 1 else mask)
+
+    def mask(
+        self, shape: tuple[int, ...], like: Tensor, context: RoutingContext, use: str
+    ) -> Tensor | None:
+        """Factors [draws T ...], 0 or 1 / (1 - p), of the type of ``like``; None: no dropout."""
+        if not self.training or self.p == 0:
+            return None
         blocks = context.num_replicas
-        shape = (draws, len(x) // blocks, *x.shape[1:])
-        generator = context.generator(x.device)
-        keep = torch.rand(shape, generator=generator, device=x.device) >= self.p
-        keep = keep.repeat(1, blocks, *(1 for _ in x.shape[1:]))
-        dropped = x * keep.to(x.dtype) / (1 - self.p)
-        return dropped[0] if draws == 1 else dropped
+        seed = stable_seed("dropout", use, context.seed, context.layer)
+        generator = torch.Generator(like.device).manual_seed(seed)
+        once = (shape[0], shape[1] // blocks, *shape[2:])
+        keep = torch.rand(once, generator=generator, device=like.device) >= self.p
+        return keep.repeat(1, blocks, *(1 for _ in shape[2:])).to(like.dtype) / (1 - self.p)
 
 
 class LoraExperts(nn.Module):
@@ -64,7 +89,13 @@ class LoraExperts(nn.Module):
     """
 
     def __init__(
-        self, d_in: int, d_out: int, num_experts: int, r: int, scaling: float, dropout: float = 0.0
+        self,
+        d_in: int,
+        d_out: int,
+        num_experts: int,
+        r: int,
+        scaling: int | float,
+        dropout: int | float = 0.0,
     ) -> None:
         super().__init__()
         self.num_experts, self.r, self.scaling = num_experts, r, scaling
@@ -79,10 +110,16 @@ class LoraExperts(nn.Module):
         context: RoutingContext,
     ) -> Float[Tensor, "T O"]:
         """The weighted sum of the experts; ``weights`` None: every expert counts 1."""
+        return self.scaling * F.linear(*self.factors(x, weights, context))
+
+    def factors(
+        self, x: Tensor, weights: Tensor | None, context: RoutingContext
+    ) -> tuple[Float[Tensor, "T R"], Float[Tensor, "O R"]]:
+        """Weighted codes, and what takes them to the output; s is still to be applied."""
         codes = F.linear(self.dropout(x, context), self.lora_A.flatten(0, 1))
         if weights is not None:
             codes = codes.view(-1, self.num_experts, self.r) * weights[:, :, None].to(codes.dtype)
-        return self.scaling * F.linear(codes.reshape(len(x), -1), self._up())
+        return codes.reshape(len(x), -1), self.lora_B.transpose(0, 1).flatten(1)
 
     def set_expert(self, index: int, a: Float[Tensor, "k I"], b: Float[Tensor, "O k"]) -> None:
         """Expert ``index`` computes ``b a x`` when it counts 1; ranks k below r are filled up."""
@@ -90,9 +127,6 @@ class LoraExperts(nn.Module):
         with torch.no_grad():
             self.lora_A[index].zero_()[:rank] = a
             self.lora_B[index].zero_()[:, :rank] = b / self.scaling
-
-    def _up(self) -> Float[Tensor, "O Er"]:
-        return self.lora_B.transpose(0, 1).flatten(1)
 
 
 class SharedAExperts(nn.Module):
@@ -109,8 +143,8 @@ class SharedAExperts(nn.Module):
         d_out: int,
         num_experts: int,
         r: int,
-        scaling: float,
-        dropout: float = 0.0,
+        scaling: int | float,
+        dropout: int | float = 0.0,
         per_expert_dropout: bool = False,
     ) -> None:
         super().__init__()
@@ -127,6 +161,12 @@ class SharedAExperts(nn.Module):
         context: RoutingContext,
     ) -> Float[Tensor, "T O"]:
         """The weighted sum of the heads."""
+        return self.scaling * F.linear(*self.factors(x, weights, context))
+
+    def factors(
+        self, x: Tensor, weights: Tensor | None, context: RoutingContext
+    ) -> tuple[Float[Tensor, "T R"], Float[Tensor, "O R"]]:
+        """Weighted codes, and what takes them to the output; s is still to be applied."""
         draws = self.num_experts if self.per_expert_dropout else 1
         codes = F.linear(self.dropout(x, context, draws), self.lora_A)
         codes = codes.transpose(0, 1) if draws > 1 else codes[:, None]  # [T E or 1, r]
@@ -134,8 +174,7 @@ class SharedAExperts(nn.Module):
             codes = codes.expand(-1, self.num_experts, -1)
         else:
             codes = codes * weights[:, :, None].to(codes.dtype)
-        up = self.lora_B.transpose(0, 1).flatten(1)
-        return self.scaling * F.linear(codes.reshape(len(x), -1), up)
+        return codes.reshape(len(x), -1), self.lora_B.transpose(0, 1).flatten(1)
 
 
 class CoreExperts(nn.Module):
@@ -154,8 +193,8 @@ class CoreExperts(nn.Module):
         d_out: int,
         num_experts: int,
         r: int,
-        scaling: float,
-        dropout: float = 0.0,
+        scaling: int | float,
+        dropout: int | float = 0.0,
         core_dropout: bool = False,
     ) -> None:
         super().__init__()
@@ -177,18 +216,25 @@ class CoreExperts(nn.Module):
         context: RoutingContext,
     ) -> Float[Tensor, "T O"]:
         """s B (sum_i w_i M_i) applied to codes."""
+        return self.scaling * F.linear(self.mix(codes, weights, context), self.lora_B)
+
+    def mix(
+        self, codes: Tensor, weights: Tensor | None, context: RoutingContext
+    ) -> Float[Tensor, "T r"]:
+        """(sum_i w_i M_i) applied to codes."""
         if weights is None:
             weights = torch.ones(len(codes), self.num_experts, device=codes.device)
         weights = weights.to(codes.dtype)
         if self.core_dropout and self.training and self.dropout.p:
             merged = torch.einsum("te,eqr->tqr", weights, self.lora_core.to(codes.dtype))
-            mixed = torch.einsum("tqr,tr->tq", self.dropout(merged, context), codes)
-            mixed = self.dropout(mixed, context.at_layer(-1 - context.layer))  # a mask of its own
+            merged = self.dropout(merged, context, use="core")
+            mixed = torch.einsum("tqr,tr->tq", merged, codes)
+            mixed = self.dropout(mixed, context, use="mixed")
         else:
             outputs = F.linear(codes, self.lora_core.flatten(0, 1))
             outputs = outputs.view(-1, self.num_experts, self.r)
             mixed = (outputs * weights[:, :, None]).sum(1)
-        return self.scaling * F.linear(mixed, self.lora_B)
+        return mixed
 
     def forward(
         self,
@@ -198,3 +244,9 @@ class CoreExperts(nn.Module):
     ) -> Float[Tensor, "T O"]:
         """The layer's addition to the frozen linear."""
         return self.decode(self.encode(x, context), weights, context)
+
+    def factors(
+        self, x: Tensor, weights: Tensor | None, context: RoutingContext
+    ) -> tuple[Float[Tensor, "T r"], Float[Tensor, "O r"]]:
+        """Mixed codes, and what takes them to the output; s is still to be applied."""
+        return self.mix(self.encode(x, context), weights, context), self.lora_B

@@ -26,12 +26,17 @@ LINEARS = (
 _ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
 
 
-def linears_of(module: nn.Module) -> tuple[str | None, str, str] | None:
-    """The names of gate, up and down in a feed-forward network; None if it is not one we know."""
+def linears_of(module: nn.Module, whole: bool = False) -> tuple[str | None, str, str] | None:
+    """The names of gate, up and down in a feed-forward network; None if it is not one we know.
+    ``whole``: nor if it holds other weights, whose use we do not know (OPT's layers hold theirs
+    beside the attention).
+    """
     for names in LINEARS:
         if all(isinstance(getattr(module, n, None), nn.Module) for n in names if n is not None):
             known = any(callable(getattr(module, name, None)) for name in _ACTIVATIONS)
-            return names if known else None
+            parts = (part for name, part in module.named_children() if name not in names)
+            alone = not any(True for part in parts for _ in part.parameters())
+            return names if known and (alone or not whole) else None
     return None
 
 
@@ -47,8 +52,8 @@ class FeedForwardExperts(nn.Module):
         widths: dict[str, tuple[int, int]],
         num_experts: int,
         r: int,
-        scaling: float,
-        dropout: float = 0.0,
+        scaling: int | float,
+        dropout: int | float = 0.0,
     ) -> None:
         super().__init__()
         self.num_experts, self.r, self.scaling = num_experts, r, scaling
@@ -68,6 +73,8 @@ class MixtureFeedForward(nn.Module, MixtureLayer):
     [reconstructed]. The frozen products are computed once: the first two before the experts split
     up, the last, which is linear, after their hidden rows are mixed.
     """
+
+    forms = ("feed_forward",)
 
     def __init__(
         self, base_layer: nn.Module, widths: dict[str, tuple[int, int]],
@@ -99,7 +106,9 @@ class MixtureFeedForward(nn.Module, MixtureLayer):
         output = self.route(adapter, own, context)
         if output is None:
             raise ValueError(f"{self.name}: feed-forward experts need a router")
-        return self._mix(tokens, own, output, experts, context).to(x.dtype).view_as(x)
+        y = self._mix(tokens, own, output, experts, context).to(x.dtype).view_as(x)
+        dropout = getattr(self.base_layer, "dropout", None)  # GPT-2's network ends in one
+        return dropout(y) if isinstance(dropout, nn.Dropout) else y
 
     def _mix(
         self,
@@ -124,6 +133,9 @@ class MixtureFeedForward(nn.Module, MixtureLayer):
         base = self._activate(frozen)
         mixed = combine(hidden, by) + left.to(base.dtype) * base
         y = down(mixed.to(tokens.dtype))
+        mask = experts.dropout.mask((1, *base.shape), hidden, context, "hidden")
+        if mask is not None:
+            hidden = hidden * mask[0].index_select(0, by.tokens)
         codes = grouped_mm(hidden.to(own.dtype), experts.lora_A["down"], by.tokens_per_expert)
         places = (by.tokens, output.expert_indices.index_select(0, by.order))
         spread = codes.new_zeros(len(tokens), experts.num_experts, experts.r)

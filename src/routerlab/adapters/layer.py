@@ -9,7 +9,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from routerlab.adapters.config import MixtureOfLoraConfig
-from routerlab.adapters.experts import CoreExperts, LoraExperts, SharedAExperts, mixing_weights
+from routerlab.adapters.experts import (
+    CoreExperts,
+    LoraExperts,
+    SharedAExperts,
+    add_product,
+    mixing_weights,
+)
 from routerlab.adapters.state import RoutingState, with_prompt_embedding
 from routerlab.core.routing import RouterOutput, RoutingContext
 
@@ -28,6 +34,7 @@ class MixtureLayer(BaseTunerLayer):
 
     adapter_layer_names = ("mix_experts", "mix_router")
     other_param_names = ("configs",)
+    forms: tuple[str, ...] = ()  # of experts that such a layer can have
 
     def __init__(self, base_layer: nn.Module, name: str, block: str, state: RoutingState) -> None:
         self.base_layer = base_layer
@@ -69,10 +76,9 @@ class MixtureLayer(BaseTunerLayer):
             if absent := (config.absent_experts or {}).get(self.name):
                 exclude(router, absent, self.name)
             self.mix_router[adapter] = router
-        device = next(self.base_layer.parameters()).device
-        for part in (self.mix_experts, self.mix_router):
-            if adapter in part and not any(p.is_meta for p in part[adapter].parameters()):
-                part[adapter].to(device)  # float32, whatever the base model is kept in
+            router.train(self.training)
+        experts.train(self.training)
+        self._move_adapter_to_device_of_base_layer(adapter)
         if not config.train_experts:
             self.frozen_peft_weight_names[adapter] = ("mix_experts",)
         self.set_adapter(self.active_adapters)
@@ -80,6 +86,14 @@ class MixtureLayer(BaseTunerLayer):
     def make_experts(self, config: MixtureOfLoraConfig, plain: bool) -> tuple[nn.Module, int]:
         """Fresh experts, and the width of what their router reads."""
         raise TypeError(f"{type(self).__name__} does not define make_experts")
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        device = device or next(self.base_layer.parameters()).device
+        for part in (self.mix_experts, self.mix_router):
+            if adapter_name in part and not any(p.is_meta for p in part[adapter_name].parameters()):
+                part[adapter_name].to(device)  # float32, whatever the base model is kept in
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Makes one adapter the active one; several at a time are refused."""
@@ -123,6 +137,11 @@ class MixtureLayer(BaseTunerLayer):
         """What the router of this layer, or of its block, decides; None for plain LoRA."""
         if self.configs[adapter].router_scope == "block" and self.experts.num_experts > 1:
             if self.block not in self.state.block_records:
+                if adapter not in self.mix_router:
+                    raise ValueError(
+                        f"{self.name}: runs before the first linear of {self.block}, which has the "
+                        "router of the block; use router_scope='linear'"
+                    )
                 self.state.block_records[self.block] = self.decide(adapter, x, context)
             return self.state.block_records[self.block]
         return self.decide(adapter, x, context) if adapter in self.mix_router else None
@@ -147,6 +166,8 @@ class MixtureLinear(nn.Module, MixtureLayer):
         d_in, d_out: I and O.
     """
 
+    forms = ("lora", "shared_a", "core")
+
     def __init__(
         self, base_layer: nn.Module, d_in: int, d_out: int, name: str, block: str,
         state: RoutingState,
@@ -162,7 +183,7 @@ class MixtureLinear(nn.Module, MixtureLayer):
         knobs: dict[str, Any] = {"scaling": config.scaling, "dropout": config.lora_dropout}
         d_router = self.in_features
         if plain:
-            knobs["scaling"] = config.lora_alpha / config.r
+            knobs["scaling"] = config.plain_scaling
         elif config.experts == "shared_a":
             make = SharedAExperts
             knobs["per_expert_dropout"] = config.dropout_per_expert
@@ -182,15 +203,21 @@ class MixtureLinear(nn.Module, MixtureLayer):
         tokens = x.reshape(-1, x.shape[-1])
         if not torch.is_autocast_enabled(x.device.type):
             tokens = tokens.to(next(self.mix_experts[adapter].parameters()).dtype)
-        return y + self._delta(adapter, tokens).to(y.dtype).view_as(y)
+        return add_product(y, *self._factors(adapter, tokens))
 
-    def _delta(self, adapter: str, tokens: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
+    def _factors(
+        self, adapter: str, tokens: Float[Tensor, "T I"]
+    ) -> tuple[Float[Tensor, "T R"], Float[Tensor, "O R"], int | float]:
+        """Codes of tokens, what takes them to the output, and s."""
         experts: Any = self.mix_experts[adapter]
         context = self.context(len(tokens))
         if not isinstance(experts, CoreExperts) or not self.configs[adapter].core_router:
-            return experts(tokens, self._weights(adapter, tokens, context), context)
+            weights = self._weights(adapter, tokens, context)
+            codes, up = experts.factors(tokens, weights, context)
+            return codes, up, experts.scaling
         codes = experts.encode(tokens, context)
-        return experts.decode(codes, self._weights(adapter, codes, context), context)
+        mixed = experts.mix(codes, self._weights(adapter, codes, context), context)
+        return mixed, experts.lora_B, experts.scaling
 
     def _weights(
         self, adapter: str, x: Float[Tensor, "T D"], context: RoutingContext

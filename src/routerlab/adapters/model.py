@@ -26,26 +26,61 @@ class MixtureOfLoraModel(BaseTuner):
     tuner_layer_cls = MixtureLayer  # type: ignore[assignment]
     target_module_mapping: dict[str, list[str]] = {}
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        if not hasattr(self, "state"):
-            self.state = RoutingState()
-        if config.adapt and not config.base_model:
-            trained.take_over_shape(config)
-        targets = find_targets(model, config)
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Adds the adapter of ``peft_config``; where it is refused, the model stays as it was."""
+        if "state" not in self.__dict__:
+            self.state, self._targets_of = RoutingState(), {}
+        config: Any = self.peft_config[adapter_name]
+        trainable = [(p, p.requires_grad) for p in model.parameters()]
+        known = set(self.state.layers)
+        if config._fresh:  # a config can be used for several models
+            config.base_model, config.absent_experts = None, None
+            if config.adapt:
+                trained.take_over_shape(config)
+        self._targets_of[adapter_name] = find_targets(model, config)
         check_base(model, config)
         config.base_model = facts_of(model)
-        self._targets_of = {**getattr(self, "_targets_of", {}), adapter_name: targets}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._start_from_trained(adapter_name, config)
+        except Exception:
+            self._take_back(adapter_name, known)
+            for parameter, learns in trainable:
+                parameter.requires_grad_(learns)
+            raise
         self.state.attach(model)
 
-    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        layers = {
-            n: layer for n, layer in self.state.layers.items() if adapter_name in layer.configs
-        }
-        if config.experts_from and config.absent_experts is None:
-            trained.import_experts(layers, adapter_name, config)
-        if config.adapt and config.adapt_from:
-            trained.take_over_skills(layers, adapter_name, config)
-            config.adapt_from = None  # from here on the weights are the adapter's own
+    def _start_from_trained(self, adapter: str, config: Any) -> None:
+        layers = {n: layer for n, layer in self.state.layers.items() if adapter in layer.configs}
+        if config._fresh and config.experts_from:
+            trained.import_experts(layers, adapter, config)
+        if config._fresh and config.adapt:
+            trained.take_over_skills(layers, adapter, config)
+
+    def _take_back(self, adapter: str, known: set[str]) -> None:
+        """Removes an adapter of which some layers may have parts, and layers that are not known."""
+        self._targets_of.pop(adapter, None)
+        for name, layer in list(self.state.layers.items()):
+            for held in (layer.mix_experts, layer.mix_router, layer.configs):
+                if adapter in held:
+                    del held[adapter]
+            layer.frozen_peft_weight_names.pop(adapter, None)
+            if name not in known:
+                del self.state.layers[name]
+        kept = list(self.state.layers.values())
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, MixtureLayer) and module not in kept:
+                parent = self.model.get_submodule(name.rpartition(".")[0])
+                setattr(parent, name.rpartition(".")[2], module.base_layer)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT looks for the name at the end or just before it; here it may be further in.
+        for part in MixtureLayer.adapter_layer_names:
+            key = key.replace(f".{part}.{adapter_name}.", f".{part}.")
+        return key
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> MixtureOfLoraConfig:
         return peft_config
@@ -129,12 +164,8 @@ class MixtureOfLoraModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The base model as it was."""
-        self.state.detach()
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, MixtureLayer):
-                parent = self.model.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], module.base_layer)
-        return self.model
+        self.state.detach(self.model)
+        return super().unload()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter; another one becomes the active one."""

@@ -39,7 +39,8 @@ class TaskTable(nn.Module):
 
     def alphas(self, context: RoutingContext) -> Float[Tensor, "B h E"]:
         """The mixing weights of each sequence; they sum to 1 over skills."""
-        logits = self.task_logits[self._tasks(context)].float()
+        logits = self.task_logits[self._tasks(context)]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.training and self.noise:
             uniform = [
                 torch.rand(
@@ -64,13 +65,14 @@ class TaskTable(nn.Module):
     def _tasks(self, context: RoutingContext) -> Int[Tensor, "B"]:
         if context.task_ids is None:
             raise ValueError(
-                "task_ids: experts='skills' route by task; pass task_ids to the model (or use "
-                "`with model.base_model.state.tasks(ids)`), or a 'task' in each batch"
+                "task_ids: experts='skills' route by task; call the model inside "
+                "`with model.base_model.state.tasks(ids)`, or train on data that has tasks"
             )
-        largest = int(context.task_ids.max())
-        if largest >= len(self.task_logits):
+        smallest, largest = (int(task) for task in context.task_ids.aminmax())
+        wrong = smallest if smallest < 0 else largest
+        if not 0 <= wrong < len(self.task_logits):
             raise ValueError(
-                f"task_ids: task {largest} of {len(self.task_logits)} that the adapter knows "
+                f"task_ids: task {wrong} of {len(self.task_logits)} that the adapter knows "
                 f"(num_tasks={len(self.task_logits)})"
             )
         return context.task_ids
@@ -82,7 +84,7 @@ class SkillExperts(nn.Module):
     """
 
     def __init__(
-        self, d_in: int, d_out: int, num_skills: int, r: int, scaling: float, num_heads: int
+        self, d_in: int, d_out: int, num_skills: int, r: int, scaling: int | float, num_heads: int
     ) -> None:
         super().__init__()
         for name, width in (("input", d_in), ("output", d_out)):
@@ -111,6 +113,8 @@ class SkillExperts(nn.Module):
 class SkillLinear(nn.Module, MixtureLayer):
     """``W x + s (x A^t) B^t``: a linear whose LoRA is made for the task of the sequence."""
 
+    forms = ("skills",)
+
     def __init__(
         self, base_layer: nn.Module, d_in: int, d_out: int, name: str, block: str,
         state: RoutingState,
@@ -127,7 +131,8 @@ class SkillLinear(nn.Module, MixtureLayer):
         if config.adapt != "mu" and not plain:
             tasks = config.num_tasks or 1
             table = TaskTable(tasks, config.num_heads, config.num_experts, config.gate_noise)
-            self.mix_router[adapter] = table.to(next(self.base_layer.parameters()).device)
+            self.mix_router[adapter] = table.train(self.training)
+            self._move_adapter_to_device_of_base_layer(adapter)
         if config.adapt == "z":
             self.frozen_peft_weight_names[adapter] = ("mix_experts",)
         self.set_adapter(self.active_adapters)
@@ -136,9 +141,8 @@ class SkillLinear(nn.Module, MixtureLayer):
         """The inventory of skills; one skill without heads where there is no table."""
         alone = plain or config.adapt == "mu"
         skills, heads = (1, 1) if alone else (config.num_experts, config.num_heads)
-        scaling = config.lora_alpha / config.r
         experts = SkillExperts(
-            self.in_features, self.out_features, skills, config.r, scaling, heads
+            self.in_features, self.out_features, skills, config.r, config.plain_scaling, heads
         )
         return experts, self.in_features
 

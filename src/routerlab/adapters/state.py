@@ -41,11 +41,20 @@ class RoutingState:
                 model.register_forward_hook(self._close, with_kwargs=True, always_call=True),
             ]
 
-    def detach(self) -> None:
-        """Removes the hooks."""
+    def detach(self, model: nn.Module) -> None:
+        """Removes the hooks and all else that was put on the model."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for module in model.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if isinstance(function, _InContext):
+                setattr(module, "_gradient_checkpointing_func", function.function)  # noqa: B010
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model starts without the last pass, whose tensors belong to a graph."""
+        passing = {"context": None, "current": None, "records": {}, "block_records": {}}
+        return self.__dict__ | passing | {"embeddings": {}, "continues": False}
 
     def keep(self, name: str, output: RouterOutput) -> None:
         """Keeps a record; not when a checkpointed layer runs again in the backward pass."""
@@ -55,16 +64,19 @@ class RoutingState:
     @contextmanager
     def tasks(self, task_ids: Int[Tensor, "B"]) -> Iterator[None]:
         """The tasks of the sequences in all forward passes inside, for example of ``generate``."""
-        self.task_ids = task_ids
+        before, self.task_ids = self.task_ids, task_ids
         try:
             yield
         finally:
-            self.task_ids = None
+            self.task_ids = before
 
     def _open(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         kwargs = dict(kwargs)
         task_ids = kwargs.pop("task_ids", self.task_ids)
-        context = self.context or _described(model, args, kwargs, task_ids)
+        if self.context is None:
+            context = _described(model, args, kwargs, task_ids)
+        else:
+            context = _completed(self.context, _inputs(args, kwargs), task_ids)
         self.continues = _past_length(kwargs) > 0
         self.current = context
         self.records, self.block_records, self._recording = {}, {}, True
@@ -72,7 +84,7 @@ class RoutingState:
         return args, kwargs
 
     def _close(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-        self.context, self._recording = None, False
+        self.context, self.current, self._recording = None, None, False
         self.block_records = {}
 
     def _remember_contexts(self, model: nn.Module) -> None:
@@ -92,24 +104,32 @@ class _InContext:
         self.function, self.state = function, state
 
     def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
-        return self.function(functools.partial(self._run, layer, self.state.current), *args)
+        state = self.state
+        return self.function(
+            functools.partial(self._run, layer, state.current, state.continues), *args
+        )
 
-    def _run(self, layer: Callable[..., Any], context: RoutingContext | None, *args: Any) -> Any:
-        before, self.state.current = self.state.current, context
+    def _run(
+        self,
+        layer: Callable[..., Any],
+        context: RoutingContext | None,
+        continues: bool,
+        *args: Any,
+    ) -> Any:
+        state = self.state
+        before = (state.current, state.continues, state.block_records)
+        state.current, state.continues, state.block_records = context, continues, {}
         try:
             return layer(*args)
         finally:
-            self.state.current = before
+            state.current, state.continues, state.block_records = before
 
 
 def _described(
     model: nn.Module, args: tuple, kwargs: dict[str, Any], task_ids: Tensor | None
 ) -> RoutingContext:
     """The context of a pass that nobody described: from the arguments of the model."""
-    inputs = args[0] if args else kwargs.get("input_ids")
-    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-    if inputs is None:
-        raise ValueError("the adapted model was called without input_ids or inputs_embeds")
+    inputs = _inputs(args, kwargs)
     batch_size, length = inputs.shape[:2]
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     valid = _valid(mask, length, _past_length(kwargs))
@@ -117,22 +137,43 @@ def _described(
     if (labels := kwargs.get("labels")) is not None:
         prompt = (labels == -100) & ((labels != -100).cumsum(1) == 0)
         prompt = (prompt if valid is None else prompt & valid).reshape(-1)
-    if task_ids is not None:
-        task_ids = _for_batch(task_ids.to(inputs.device), batch_size)
     seed = int(torch.randint(2**31, ())) if model.training else 0
-    return RoutingContext(
+    context = RoutingContext(
         batch_size=batch_size,
         sequence_length=length,
         valid=None if valid is None else valid.reshape(-1),
         prompt=prompt,
-        task_ids=task_ids,
         seed=seed,
         step_seed=seed,
     )
+    return _completed(context, inputs, task_ids)
 
 
-def _valid(mask: Tensor | None, length: int, past: int) -> Bool[Tensor, "B S"] | None:
-    """Which of the last ``length`` tokens are real, from a 2-D mask, or a 4-D one of keys."""
+def _inputs(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """Token ids [B S], or embeddings [B S D] where there are none."""
+    inputs = args[0] if args else kwargs.get("input_ids")
+    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+    if inputs is None:
+        raise ValueError("the adapted model was called without input_ids or inputs_embeds")
+    return inputs
+
+
+def _completed(context: RoutingContext, inputs: Tensor, task_ids: Tensor | None) -> RoutingContext:
+    """The context with the vocabulary ids and the tasks that it does not tell itself."""
+    if context.token_ids is None and inputs.ndim == 2:
+        context = replace(context, token_ids=inputs.reshape(-1))
+    if context.task_ids is None and task_ids is not None:
+        task_ids = _for_batch(task_ids.to(inputs.device), context.batch_size)
+        context = replace(context, task_ids=task_ids)
+    return context
+
+
+def _valid(mask: Any, length: int, past: int) -> Bool[Tensor, "B S"] | None:
+    """Which of the last ``length`` tokens are real, from a 2-D mask, or a 4-D one of keys (or one
+    for each kind of attention).
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values())))
     if mask is None:
         return None
     if mask.ndim == 4:  # [B 1 queries keys]: the last token attends to all real ones
@@ -170,7 +211,8 @@ def with_prompt_embedding(
             )
         return replace(context, sequence_embedding=state.embeddings[name])
     real = context.prompt if context.prompt is not None else context.valid
-    tokens = x.detach().float().view(context.batch_size, -1, x.shape[-1])
+    tokens = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    tokens = tokens.view(context.batch_size, -1, x.shape[-1])
     if real is None:
         embedding = tokens.mean(1)
     else:

@@ -1,6 +1,7 @@
 """Which modules of a base model are adapted, and whether it is the right base model."""
 
 import copy
+import math
 import re
 from typing import Any
 
@@ -50,14 +51,21 @@ def find_targets(model: nn.Module, config: MixtureOfLoraConfig) -> set[str]:
         and _matches(config, set(config.plain_modules), key)
     }  # fmt: skip
     _check_all_match(config, modules, matched)
+    layers = {key: m for key, m in model.named_modules() if isinstance(m, MixtureLayer)}
     for key in sorted(matched | plain):
-        other = next((k for k in matched | plain if k.startswith(f"{key}.")), None)
+        other = next((k for k in matched | plain | set(layers) if k.startswith(f"{key}.")), None)
         if other or (key in matched and key in plain):
             raise ValueError(
                 f"target_modules: {key!r} and {other or key!r} overlap; adapt one of them"
             )
+        form = "lora" if key in plain and config.experts == "feed_forward" else config.experts
+        if key in layers and form not in layers[key].forms:
+            raise ValueError(
+                f"experts={config.experts!r}: {key!r} already has an adapter of another kind "
+                f"({' or '.join(layers[key].forms)}); load this one on a base model of its own"
+            )
         whole = config.experts == "feed_forward" and key in matched
-        if whole and linears_of(modules[key]) is None:
+        if whole and linears_of(modules[key], whole=True) is None:
             raise ValueError(
                 f"target_modules: {key!r} ({type(modules[key]).__name__}) is not a feed-forward "
                 "network that experts='feed_forward' knows (gate_proj/up_proj/down_proj, fc1/fc2, "
@@ -102,11 +110,16 @@ def _check_all_match(
 
 def _default_targets(modules: dict[str, nn.Module], form: str) -> set[str]:
     """The feed-forward networks, or their linears, by their short names."""
+    whole = form == "feed_forward"
     found: set[str] = set()
+    wanted: set[str] = set()
     for key, module in modules.items():
-        if key and (names := linears_of(module)) is not None:
-            last = key.rpartition(".")[2]
-            found |= {last} if form == "feed_forward" else {n for n in names if n is not None}
+        if key and (names := linears_of(module, whole)) is not None:
+            wanted |= {key} if whole else {f"{key}.{n}" for n in names if n is not None}
+    for key in wanted:  # "c_proj", but "mlp.c_proj" where attention has a c_proj too
+        parent, _, last = key.rpartition(".")
+        also = any(k.rpartition(".")[2] == last and k not in wanted for k in modules)
+        found.add(f"{parent.rpartition('.')[2]}.{last}" if also else last)
     if not found:
         raise ValueError(
             "target_modules: no feed-forward network was recognised in the base model; name the "
@@ -116,7 +129,7 @@ def _default_targets(modules: dict[str, nn.Module], form: str) -> set[str]:
 
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
-    """What tells one base model from another: its kind, its sizes, a sum over its embedding."""
+    """What tells one base model from another: kind, sizes, some entries of the embedding."""
     config = getattr(model, "config", None)
     facts: dict[str, Any] = {"class": type(model).__name__}
     for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
@@ -127,8 +140,9 @@ def facts_of(model: nn.Module) -> dict[str, Any]:
     embedding = None if get is None else get()
     weight = getattr(embedding, "weight", None)
     if isinstance(weight, torch.Tensor) and not weight.is_meta:
-        sample = weight[:: max(1, len(weight) // 64)].detach().double()
-        facts["embedding"] = round(float(sample.abs().mean()), 6)
+        rows, columns = (torch.arange(16) * size // 16 for size in weight.shape)
+        sample = weight.detach()[rows.to(weight.device), columns.to(weight.device)]
+        facts["embedding"] = [round(float(entry), 6) for entry in sample]
     return facts
 
 
@@ -137,10 +151,17 @@ def check_base(model: nn.Module, config: MixtureOfLoraConfig) -> None:
     if config.base_model is None:
         return
     mine = facts_of(model)
-    for name, was in config.base_model.items():
+    for name, was in sorted(config.base_model.items(), key=lambda fact: fact[0] == "embedding"):
         now = mine.get(name, was)
-        same = abs(was - now) <= 0.01 * abs(was) if isinstance(was, float) else was == now
-        if not same:
+        if name == "embedding":
+            gap = math.dist(was, now) / max(math.hypot(*was), 1e-12)
+            if gap > 0.1:  # rounding to bf16 makes 0.002, another initialisation 1.4
+                raise ValueError(
+                    "base model: the adapter was trained on one of these sizes with another "
+                    f"embedding (entries differ by {gap:.0%}); load it on the base model that it "
+                    "belongs to"
+                )
+        elif was != now:
             raise ValueError(
                 f"base model: the adapter was trained on one with {name}={was}, this one has "
                 f"{name}={now}; load it on the base model that it belongs to"

@@ -66,8 +66,10 @@ def take_over_shape(config: MixtureOfLoraConfig) -> None:
     source = _saved_skills(config)
     config.num_experts, config.num_heads = source["num_experts"], source["num_heads"]
     config.r, config.lora_alpha = source["r"], source["lora_alpha"]
-    config.target_modules = set(source["target_modules"])
-    config.layers_to_transform = source["layers_to_transform"]
+    targets = source["target_modules"]
+    config.target_modules = targets if isinstance(targets, str) else set(targets)
+    for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "base_model"):
+        setattr(config, name, source[name])
     config.num_tasks = config.num_tasks or 1
 
 

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from routerlab.bench.adapter_sizes import BASES, names, sizes_of
+
 if TYPE_CHECKING:  # at run time torch is imported only once the arguments can be read
     from routerlab.bench.layer import Settings
     from routerlab.bench.step import StepShare
@@ -16,6 +18,7 @@ if TYPE_CHECKING:  # at run time torch is imported only once the arguments can b
 SUBJECTS = {
     "layer": "one MoE layer against a dense layer and transformers; losses, diagnostics",
     "routers": "every router as a share of the MoE layer, next to token choice",
+    "adapters": "mixtures of LoRA against plain LoRA; samples of ReMix against the soft mixture",
 }
 ROUTERS_SHAPE = "4096,256,256,64,8"
 STEP_SECONDS = 5  # seconds for a variant of the training step, in units of --seconds
@@ -58,6 +61,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--shape", default=ROUTERS_SHAPE, help=f"T,D,F,E,K (default {ROUTERS_SHAPE})")
     add("--seconds", type=float, default=2.0, help="for each router (default 2)")
     _add_common(routers)
+    adapters = subjects.add_parser("adapters", help=SUBJECTS["adapters"])
+    add = adapters.add_argument
+    add("--adapters", default="all", help="all, or some of soft,mixlora,hydralora,...")
+    add("--samples", default="2,4,8", help="M of ReMix (default 2,4,8), or none")
+    add("--base", default="small", choices=tuple(BASES), help="sizes of the base model")
+    for name in names():
+        add(f"--{name.replace('_', '-')}", type=int, metavar="N", help="instead of the base's")
+    add("--seconds", type=float, default=5.0, help="for each contestant (default 5)")
+    _add_common(adapters)
     return parser
 
 
@@ -95,8 +107,7 @@ def _bench(arguments: argparse.Namespace) -> int:
             arguments.seed,
             time.process_time if arguments.clock == "cpu" else time.perf_counter,
         )
-        run = {"layer": _bench_layer, "routers": _bench_routers}[arguments.subject]
-        return run(arguments, settings)
+        return _RUNS[arguments.subject](arguments, settings)
     finally:
         torch.set_num_threads(threads)
 
@@ -157,6 +168,44 @@ def _bench_routers(arguments: argparse.Namespace, settings: "Settings") -> int:
     if arguments.json is not None:
         _write(arguments.json, report.routers_json(found, settings))
     return 0
+
+
+def _bench_adapters(arguments: argparse.Namespace, settings: "Settings") -> int:
+    sizes = sizes_of(arguments.base, {name: getattr(arguments, name) for name in names()})
+    numbers = _numbers(arguments.samples)
+
+    from rich.console import Console
+
+    from routerlab.bench.adapter_contestants import method_names
+    from routerlab.bench.adapter_report import adapters_json, adapters_table
+    from routerlab.bench.adapters import bench_adapters
+
+    methods = method_names(arguments.adapters)
+    console = Console()
+    with console.status("") as status:
+        found = bench_adapters(sizes, methods, numbers, settings, status.update)
+    console.print(adapters_table(found))
+    if arguments.json is not None:
+        _write(arguments.json, adapters_json(found, settings))
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    if text == "none":
+        return []
+    words = text.split(",")
+    if not all(word.strip().isdigit() for word in words):
+        raise ValueError(
+            f"--samples={text!r}: must be whole numbers from 2, such as 2,4,8, or none"
+        )
+    return list(dict.fromkeys(map(int, words)))
+
+
+_RUNS: dict[str, Callable[[argparse.Namespace, "Settings"], int]] = {
+    "layer": _bench_layer,
+    "routers": _bench_routers,
+    "adapters": _bench_adapters,
+}
 
 
 def _write(file: Path, found: dict[str, Any]) -> None:

@@ -62,3 +62,49 @@ def saved_mib(forward: Callable[[], object], parameters: Iterable[Tensor]) -> fl
         kept = forward()  # alive until the end: a freed storage's address could come again
     del kept
     return sum(saved.values()) / MIB
+
+
+def live_saved_mib(work: Callable[[], object], parameters: Iterable[Tensor]) -> float:
+    """The most that autograd keeps at one time during ``work``, which may run backward itself, and
+    more than once: distinct storages that hold no parameter.
+    """
+    ledger = _Ledger({parameter.untyped_storage().data_ptr() for parameter in parameters})
+    with torch.autograd.graph.saved_tensors_hooks(ledger.pack, lambda kept: kept.tensor):
+        work()
+    return ledger.most / MIB
+
+
+class _Ledger:
+    """Which storages autograd holds, how often, and the most bytes so far."""
+
+    def __init__(self, own: set[int]) -> None:
+        self.own, self.holders, self.held, self.most = own, dict[int, int](), 0, 0
+
+    def pack(self, tensor: Tensor) -> "_Kept":
+        """What autograd keeps in the place of ``tensor``."""
+        kept = _Kept(tensor.detach(), self)
+        if kept.place not in self.own:
+            if not self.holders.get(kept.place):
+                self.held += kept.size
+                self.most = max(self.most, self.held)
+            self.holders[kept.place] = self.holders.get(kept.place, 0) + 1
+        return kept
+
+    def release(self, kept: "_Kept") -> None:
+        """A saved tensor is no longer needed."""
+        if kept.place not in self.own:
+            self.holders[kept.place] -= 1
+            if not self.holders[kept.place]:
+                self.held -= kept.size
+
+
+class _Kept:
+    """A saved tensor that tells its ledger when autograd lets it go."""
+
+    def __init__(self, tensor: Tensor, ledger: _Ledger) -> None:
+        storage = tensor.untyped_storage()
+        self.tensor, self.ledger = tensor, ledger
+        self.place, self.size = storage.data_ptr(), storage.nbytes()
+
+    def __del__(self) -> None:
+        self.ledger.release(self)

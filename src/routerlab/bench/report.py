@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from routerlab.bench.layer import Row, Settings
-from routerlab.bench.routers import RouterRow, RoutersFound
+from routerlab.bench.routers import RoutersFound
 from routerlab.bench.step import LOG_EVERY, StepShare
 
 COLUMNS = ("", "x\ndense", "quartiles", "x\nHF", "ms", "peak\nMiB", "x\ndense", "saved\nMiB")
@@ -44,10 +44,10 @@ def table(rows: Sequence[Row]) -> Table:
         numbers = (row.milliseconds, row.peak_mib, row.peak_to_dense, row.saved_mib)
         found.add_row(
             f"  {row.path}",
-            _number(row.ratio),
+            number(row.ratio),
             quartiles,
-            _number(row.to_transformers),
-            *map(_number, numbers),
+            number(row.to_transformers),
+            *map(number, numbers),
         )
     return found
 
@@ -80,11 +80,11 @@ def routers_table(found: RoutersFound) -> Table:
         table.add_column(column, justify=side, no_wrap=bool(index), overflow="fold")
     for row in found.rows:
         name = row.name + ("*" if row.share_of == "step" else "")
-        quartiles = "" if row.lower is None else f"{_number(row.lower)}-{_number(row.upper)}"
+        quartiles = "" if row.lower is None else f"{number(row.lower)}-{number(row.upper)}"
         numbers = (row.milliseconds, row.to_token_choice, row.assignments_per_token)
         goal = "" if row.goal is None else f"{row.goal:g}"
         met = {True: "yes", False: "no", None: ""}[row.met]
-        table.add_row(name, _number(row.percent), quartiles, *map(_number, numbers), goal, met)
+        table.add_row(name, number(row.percent), quartiles, *map(number, numbers), goal, met)
     return table
 
 
@@ -131,17 +131,18 @@ def cpu_model() -> str:
 
 def _caption(rows: Sequence[Row]) -> str | None:
     notes = [f"{r.shape} {r.dtype} {r.path}: {r.status}" for r in rows if r.status != "ok"]
-    return "\n".join(notes + _dropped(rows)) or None
+    return "\n".join(notes + dropped(rows)) or None
 
 
 def _routers_caption(found: RoutersFound) -> str | None:
     notes = [f"{row.name}: {row.status}" for row in found.rows if row.status != "ok"]
     if found.step_milliseconds is not None:
         notes.append(f"* of a training step, {found.step_milliseconds:.0f} ms")
-    return "\n".join(notes + _dropped(found.rows)) or None
+    return "\n".join(notes + dropped(found.rows)) or None
 
 
-def _dropped(rows: Sequence[Row] | Sequence[RouterRow]) -> list[str]:
+def dropped(rows: Sequence[Any]) -> list[str]:
+    """A line on the samples of rows that another process spoilt, or none."""
     used = sum(row.samples or 0 for row in rows)
     busy = sum(row.busy or 0 for row in rows)
     if not busy:
@@ -149,7 +150,8 @@ def _dropped(rows: Sequence[Row] | Sequence[RouterRow]) -> list[str]:
     return [f"{busy} of {busy + used} samples dropped: another process was in the way"]
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Two digits after the point below 10, else one; nothing for None."""
     if value is None:
         return ""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"

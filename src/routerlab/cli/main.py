@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("routerlab.cli.train", "train a run, or go on with one (resume=DIR)"),
     "eval": ("routerlab.cli.evaluate", "validate the newest checkpoint of a run (run=DIR)"),
     "routers": ("routerlab.cli.routers", "list the routers"),
+    "adapters": ("routerlab.cli.adapters", "list what a pretrained model is fine-tuned with"),
     "certify": ("routerlab.certify.command", "check a router against its contract (router=NAME)"),
     "audit-loss": (
         "routerlab.cli.audit_loss",
@@ -31,6 +32,7 @@ usage: routerlab COMMAND [OPTION ...]
 
   routerlab train experiment=quickstart            train on real text and write a report
   routerlab train experiment=quickstart router.top_k=1 router.normalize_weights=false
+  routerlab train experiment=remix_quickstart      fine-tune a language model with LoRA experts
   routerlab train --cfg job                        show the whole config
   routerlab train --config-dir my_lab router=mine  use your own router
 """

@@ -7,8 +7,13 @@ from routerlab.core.config import available, describe
 
 def main(argv: Sequence[str]) -> int:
     """Prints a line a router: its name and what it is."""
-    names = available("router")
+    return listing("router")
+
+
+def listing(group: str) -> int:
+    """Prints a line a name in a config group: the name and what it is."""
+    names = available(group)
     width = max(map(len, names)) + 2
     for name in names:
-        print(f"{name:<{width}}{describe('router', name)}")
+        print(f"{name:<{width}}{describe(group, name)}")
     return 0

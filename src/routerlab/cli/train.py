@@ -21,4 +21,5 @@ def _train(cfg: Any, overrides: list[str]) -> float | None:
     if not is_main_process():
         return None
     print_headline(finished)
-    return finished.read_json("summary.json")["val"]["bits_per_byte"]
+    val = finished.read_json("summary.json")["val"]
+    return val.get("bits_per_byte", val["loss"])  # lower is better, whatever the task

@@ -23,12 +23,21 @@ BASELINE_STYLES = (("dot", "#8b93a1"), ("dash", "#6b7280"), ("dashdot", "#374151
 MAX_POINTS = 1500
 MAX_BINS = 300
 MAX_LAYERS_IN_LEGEND = 16
+MAX_LAYERS = 24  # of a figure; of a deeper model, that many evenly spaced ones
 PANEL_HEIGHT, ROW_GAP = 210, 58
 ENTROPY_PANELS = {
     "load_entropy": "Load entropy",
     "mean_entropy": "Mean token entropy",
     "entropy_of_mean": "Entropy of the mean",
     "mutual_information": "Mutual information",
+}
+SUPPORT_PANELS = {
+    "ess_mean": "Weights in use: mean",
+    "ess_p05": "Weights in use: 5th percentile",
+    "ess_min": "Weights in use: minimum",
+    "probs_ess_mean": "Softmax: mean",
+    "probs_ess_p05": "Softmax: 5th percentile",
+    "probs_ess_min": "Softmax: minimum",
 }
 TRAINING_PANELS = {
     "train/grad_norm": "Gradient norm",
@@ -47,11 +56,11 @@ def loss_figure(metrics: pd.DataFrame, baselines: dict[str, float]) -> go.Figure
         return None
     fig = go.Figure()
     if train:
-        fig.add_trace(_line(keep_extremes(train), "train, logged steps", BLUE, 1, opacity=0.4))
-        fig.add_trace(_line(keep_extremes(running_mean(train)), "train, running mean", BLUE, 2.5))
+        fig.add_trace(line(keep_extremes(train), "train, logged steps", BLUE, 1, opacity=0.4))
+        fig.add_trace(line(keep_extremes(running_mean(train)), "train, running mean", BLUE, 2.5))
     if val:
         dots = {"mode": "lines+markers", "marker": {"size": 7, "symbol": "diamond"}}
-        fig.add_trace(_line(val, "validation", VERMILLION, 1.5, **dots))
+        fig.add_trace(line(val, "validation", VERMILLION, 1.5, **dots))
     steps = np.concatenate([train.steps, val.steps])
     ends = np.array([steps.min(), steps.max()])
     levels = sorted(baselines.items(), key=lambda item: -item[1]) if in_bits else []
@@ -59,7 +68,7 @@ def loss_figure(metrics: pd.DataFrame, baselines: dict[str, float]) -> go.Figure
         dash, color = BASELINE_STYLES[number % len(BASELINE_STYLES)]
         flat = Curve(ends, np.array([level, level]))
         label = escape_label(f"{name} {level:.3f}")
-        fig.add_trace(_line(flat, label, color, 1.5, dash=dash))
+        fig.add_trace(line(flat, label, color, 1.5, dash=dash))
     fig.update_yaxes(title_text="bits per byte" if in_bits else "nats per token")
     fig.update_xaxes(title_text="optimizer step")
     return polish(fig, 400, legend=True).update_layout(margin_t=56)
@@ -70,10 +79,16 @@ def entropy_figure(metrics: pd.DataFrame) -> go.Figure | None:
     return _router_panels(metrics, ENTROPY_PANELS)
 
 
+def support_figure(metrics: pd.DataFrame) -> go.Figure | None:
+    """Effective support sizes over training, of the weights in use and of the softmax."""
+    return _router_panels(metrics, SUPPORT_PANELS)
+
+
 def diagnostics_figure(metrics: pd.DataFrame) -> go.Figure | None:
     """Every other router metric that the run logged, drawn like the entropies."""
     found = dict.fromkeys(match["metric"] for match in _router_keys(metrics))
-    titles = {name: _title(name) for name in found if name not in ENTROPY_PANELS}
+    elsewhere = ENTROPY_PANELS | SUPPORT_PANELS
+    titles = {name: _title(name) for name in found if name not in elsewhere}
     return _router_panels(metrics, titles)
 
 
@@ -88,21 +103,26 @@ def aux_figure(metrics: pd.DataFrame) -> go.Figure | None:
         color = COLORS[number % len(COLORS)]
         raw = bin_means(curve(metrics, f"loss/{name}"))
         weighted = bin_means(curve(metrics, f"loss/{name}/weighted"))
-        fig.add_trace(_line(raw, _title(name), color, 2, legendgroup=name), *place)
+        fig.add_trace(line(raw, _title(name), color, 2, legendgroup=name), *place)
         again = {"legendgroup": name, "showlegend": False}
-        fig.add_trace(_line(weighted, _title(name), color, 2, **again), *places[-1])
+        fig.add_trace(line(weighted, _title(name), color, 2, **again), *places[-1])
     return polish(fig, _grid_height(len(places)), legend=True)
 
 
 def training_figure(metrics: pd.DataFrame) -> go.Figure | None:
     """Gradient norm, learning rate and speed over training."""
-    panels = {key: title for key, title in TRAINING_PANELS.items() if curve(metrics, key)}
+    return panels_figure(metrics, TRAINING_PANELS)
+
+
+def panels_figure(metrics: pd.DataFrame, titles: dict[str, str]) -> go.Figure | None:
+    """One panel for each of the keys that were logged."""
+    panels = {key: title for key, title in titles.items() if curve(metrics, key)}
     if not panels:
         return None
     fig, places = _grid(list(panels.values()))
     for (key, title), place in zip(panels.items(), places, strict=True):
         values = keep_extremes(curve(metrics, key))
-        fig.add_trace(_line(values, title, BLUE, 1.5), *place)
+        fig.add_trace(line(values, title, BLUE, 1.5), *place)
     return polish(fig, _grid_height(len(panels)), legend=False)
 
 
@@ -166,9 +186,25 @@ def escape_label(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+def thinned(layers: list[str]) -> list[str]:
+    """At most `MAX_LAYERS` of the layers, evenly spaced, the first and the last among them."""
+    if len(layers) <= MAX_LAYERS:
+        return layers
+    places = np.linspace(0, len(layers) - 1, MAX_LAYERS).round().astype(int)
+    return [layers[place] for place in places]
+
+
+def thinning_note(metrics: pd.DataFrame) -> str:
+    """The sentence for a caption where not all layers are drawn."""
+    layers = {match["layer"] for match in _router_keys(metrics)} - {"mean"}
+    if len(layers) <= MAX_LAYERS:
+        return ""
+    return f" Of {len(layers)} layers, {MAX_LAYERS} evenly spaced ones are drawn."
+
+
 def _router_keys(metrics: pd.DataFrame) -> list[re.Match[str]]:
-    matches = [ROUTER_KEY.fullmatch(key) for key in metrics.columns]
-    return [match for match in matches if match and curve(metrics, match[0])]
+    logged = metrics.columns[metrics.notna().any()]
+    return [match for key in logged if (match := ROUTER_KEY.fullmatch(key))]
 
 
 def _router_panels(metrics: pd.DataFrame, titles: dict[str, str]) -> go.Figure | None:
@@ -177,7 +213,7 @@ def _router_panels(metrics: pd.DataFrame, titles: dict[str, str]) -> go.Figure |
     shown = [name for name in titles if any(match["metric"] == name for match in keys)]
     if not shown:
         return None
-    layers = sorted({match["layer"] for match in keys} - {"mean"})
+    layers = thinned(sorted({match["layer"] for match in keys} - {"mean"}))
     shades = [0.9 * i / max(1, len(layers) - 1) for i in range(len(layers))]
     sampled = sample_colorscale("Viridis", shades) if layers else []
     colors = {layer: str(color) for layer, color in zip(layers, sampled, strict=True)}
@@ -202,13 +238,13 @@ def _panel_traces(metrics: pd.DataFrame, name: str, colors: dict[str, str]) -> I
     prefix = "router" if trained else "val/router"
     for layer, color in colors.items():
         if values := bin_means(curve(metrics, f"{prefix}/{layer}/{name}")):
-            yield _line(values, escape_label(layer), color, 1.2, legendgroup=layer)
+            yield line(values, escape_label(layer), color, 1.2, legendgroup=layer)
     if mean := bin_means(curve(metrics, f"{prefix}/mean/{name}")):
-        yield _line(mean, "mean over layers", "#000000", 2.5, legendgroup="mean")
+        yield line(mean, "mean over layers", "#000000", 2.5, legendgroup="mean")
     if val := curve(metrics, f"val/router/mean/{name}"):
         marker = {"size": 8, "symbol": "diamond", "line": {"width": 1, "color": "white"}}
         style = {"mode": "markers", "marker": marker, "cliponaxis": False}
-        yield _line(val, "mean at validation", VERMILLION, 0, legendgroup="validation", **style)
+        yield line(val, "mean at validation", VERMILLION, 0, legendgroup="validation", **style)
 
 
 def _grid(titles: list[str]) -> tuple[go.Figure, list[tuple[int, int]]]:
@@ -234,9 +270,10 @@ def _grid_height(panels: int) -> int:
     return 104 + rows * PANEL_HEIGHT + (rows - 1) * ROW_GAP
 
 
-def _line(logged: Curve, name: str, color: str, width: int | float, **options: Any) -> go.Scatter:
-    line = {"color": color, "width": width, "dash": options.pop("dash", "solid")}
-    style = {"mode": "lines", "line": line, "marker_color": color} | options
+def line(logged: Curve, name: str, color: str, width: int | float, **options: Any) -> go.Scatter:
+    """A curve; ``options`` are plotly's, and ``dash``."""
+    stroke = {"color": color, "width": width, "dash": options.pop("dash", "solid")}
+    style = {"mode": "lines", "line": stroke, "marker_color": color} | options
     hover = "step %{x:,.0f}: %{y:.4g}"
     return go.Scatter(x=logged.steps, y=logged.values, name=name, hovertemplate=hover, **style)
 

@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from routerlab.reports.figures import escape_label, polish
+from routerlab.reports.figures import escape_label, polish, thinned
 from routerlab.reports.run_files import Distributions
 
 MAX_COLUMNS = 200
@@ -29,6 +29,7 @@ def load_figure(distributions: Distributions) -> go.Figure | None:
         distributions, "val/router", "expert_load"
     )
     layers = {layer: history for layer, history in layers.items() if _vectors(history)}
+    layers = {layer: layers[layer] for layer in thinned(list(layers))}
     if not layers:
         return None
     columns = min(len(layers), 3 if len(layers) > 6 else 2)
@@ -58,6 +59,7 @@ def domain_figure(
     layers = _by_layer(distributions, "val/router", "expert_by_domain")
     tables = {layer: history[max(history)] for layer, history in layers.items()}
     tables = {layer: table for layer, table in tables.items() if table.ndim == 2 and table.size}
+    tables = {layer: tables[layer] for layer in thinned(list(tables))}
     if not tables:
         return None
     num_domains, experts = np.max([table.shape for table in tables.values()], axis=0).tolist()

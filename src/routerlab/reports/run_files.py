@@ -7,7 +7,7 @@ appends one plain sentence to the notes for what could not.
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class RunFiles:
     config: str
     overrides: str
     notes: list[str]
+    baselines: dict[str, "RunFiles"] = field(default_factory=dict)  # runs to compare it with
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ def read_run(run_dir: Path) -> RunFiles:
         config=_read_text(run_dir / "config.yaml", notes),
         overrides=_read_text(run_dir / "overrides.yaml", notes),
         notes=notes,
+        baselines={
+            path.parent.name: read_run(path.parent)
+            for path in sorted(run_dir.glob("baselines/*/config.yaml"))
+        },
     )
 
 
@@ -68,10 +73,12 @@ def curve(metrics: pd.DataFrame, key: str) -> Curve:
     """The values of one key in step order, blanks dropped; after a resume the last row counts."""
     if key not in metrics.columns:
         return Curve(np.empty(0), np.empty(0))
-    rows = metrics.loc[:, ["step", key]].to_numpy(dtype=np.float64)
-    newest_first = rows[~np.isnan(rows).any(axis=1)][::-1]
-    steps, kept = np.unique(newest_first[:, 0], return_index=True)
-    return Curve(steps, newest_first[kept, 1])
+    steps = metrics["step"].to_numpy(dtype=np.float64)
+    values = metrics[key].to_numpy(dtype=np.float64)
+    logged = ~(np.isnan(steps) | np.isnan(values))
+    newest_first, values = steps[logged][::-1], values[logged][::-1]
+    steps, kept = np.unique(newest_first, return_index=True)
+    return Curve(steps, values[kept])
 
 
 def last(metrics: pd.DataFrame, key: str) -> float | None:

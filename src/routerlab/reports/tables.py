@@ -14,6 +14,12 @@ LAYER_COLUMNS = {
     "mutual_information": "Mutual information",
     "dead_experts": "Dead experts",
 }
+SUPPORT_COLUMNS = {  # shown where they were measured
+    "ess_mean": "ESS, mean",
+    "ess_p05": "ESS, 5th percentile",
+    "ess_min": "ESS, minimum",
+    "probs_ess_mean": "Softmax ESS, mean",
+}
 
 
 def digits(value: float | None, figures: int = 4) -> str:
@@ -60,17 +66,17 @@ def tiles(run: RunFiles) -> str:
     loss = number(run.summary, "val", "loss")
     loss = last(run.metrics, "val/loss") if loss is None else loss
     parts = [
-        _tile("Validation", digits(model_bits(run)), *_honest("bits per byte", run)),
+        tile("Validation", digits(model_bits(run)), *_honest("bits per byte", run)),
         _against_trigram(run),
-        _tile("Validation loss", digits(loss), "nats per token"),
-        _tile("Speed", amount(speed), "tokens per second"),
-        _tile(
+        tile("Validation loss", digits(loss), "nats per token"),
+        tile("Speed", amount(speed), "tokens per second"),
+        tile(
             "Parameters",
             amount(number(run.summary, "parameters", "total")),
             f"{amount(active)} active per token",
         ),
         _dead_experts(run),
-        _tile("Training time", duration(seconds), f"{_steps(run)} steps, {_tokens(run)} tokens"),
+        tile("Training time", duration(seconds), f"{steps(run)} steps, {tokens(run)} tokens"),
     ]
     return f'<div class="tiles">{"".join(parts)}</div>'
 
@@ -97,14 +103,17 @@ def layer_table(run: RunFiles) -> str | None:
     rows = rows or _logged_layers(run)
     if not rows:
         return None
-    head = "".join(f"<th>{title}</th>" for title in LAYER_COLUMNS.values())
+    measured = {name: title for name, title in SUPPORT_COLUMNS.items() if name in rows[0]}
+    columns = LAYER_COLUMNS | measured
+    head = "".join(f"<th>{title}</th>" for title in columns.values())
     body = "".join(
         f"<tr><th>{escape(str(row.get('layer', NOTHING)))}</th>"
-        + "".join(_layer_cell(name, number(row, name)) for name in LAYER_COLUMNS)
+        + "".join(_layer_cell(name, number(row, name)) for name in columns)
         + "</tr>"
         for row in rows
     )
-    return f"<table><thead><tr><th>Layer</th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    table = f"<table><thead><tr><th>Layer</th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="tall">{table}</div>'
 
 
 def nested_table(tree: dict[str, Any]) -> str:
@@ -123,7 +132,8 @@ def _flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [row for key, value in tree.items() for row in _flat(value, f"{dot}{key}")]
 
 
-def _tile(label: str, value: str, detail: str, mood: str = "") -> str:
+def tile(label: str, value: str, detail: str, mood: str = "") -> str:
+    """One headline number; ``mood`` is good, bad or nothing."""
     return (
         f'<div class="tile {mood}"><div class="label">{escape(label)}</div>'
         f'<div class="value">{escape(value)}</div><div class="detail">{escape(detail)}</div></div>'
@@ -139,11 +149,11 @@ def _honest(detail: str, run: RunFiles) -> tuple[str, str]:
 def _against_trigram(run: RunFiles) -> str:
     model, trigram = model_bits(run), number(run.summary, "baselines", "trigram")
     if model is None or not trigram:
-        return _tile("Against trigram", NOTHING, "no baseline was recorded")
+        return tile("Against trigram", NOTHING, "no baseline was recorded")
     change = model - trigram
     word, mood = ("better", "good") if change < 0 else ("worse", "bad")
     value = f"{change:+.3f}".replace("-", "−")
-    return _tile("Against trigram", value, f"{abs(change / trigram):.1%} {word}", mood)
+    return tile("Against trigram", value, f"{abs(change / trigram):.1%} {word}", mood)
 
 
 def _dead_experts(run: RunFiles) -> str:
@@ -152,20 +162,22 @@ def _dead_experts(run: RunFiles) -> str:
     dead = [number(row, "dead_experts") for row in rows]
     known = [count for count in dead if count is not None]
     if not known:
-        return _tile("Dead experts", NOTHING, "not recorded")
+        return tile("Dead experts", NOTHING, "not recorded")
     experts = number(run.summary, "parameters", "experts")
     total = f"of {experts:.0f} in {len(rows)} layers" if experts else "in all layers"
-    return _tile("Dead experts", digits(sum(known)), total, "bad" if sum(known) else "good")
+    return tile("Dead experts", digits(sum(known)), total, "bad" if sum(known) else "good")
 
 
-def _steps(run: RunFiles) -> str:
-    steps = number(run.summary, "steps")
-    if steps is None and len(run.metrics):
-        steps = float(run.metrics["step"].to_numpy().max())
-    return NOTHING if steps is None else f"{steps:,.0f}"
+def steps(run: RunFiles) -> str:
+    """Optimizer steps taken."""
+    count = number(run.summary, "steps")
+    if count is None and len(run.metrics):
+        count = float(run.metrics["step"].to_numpy().max())
+    return NOTHING if count is None else f"{count:,.0f}"
 
 
-def _tokens(run: RunFiles) -> str:
+def tokens(run: RunFiles) -> str:
+    """Tokens trained on."""
     return amount(number(run.summary, "tokens"))
 
 

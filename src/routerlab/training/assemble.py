@@ -17,28 +17,52 @@ from routerlab.objectives.scheduled import fitting
 from routerlab.routers.build import with_balancer
 from routerlab.schedules.layerwise import LayerwiseExperts
 from routerlab.training.build import build_backbone
-from routerlab.training.checks import check_fit
+from routerlab.training.checks import check_fit, check_kind
+
+
+def has_tasks(data: Any) -> bool:
+    """Whether a data module gives items of tasks (prompts and answers), and not running text."""
+    return hasattr(data, "task_names")
 
 
 def build_data(cfg: DictConfig) -> Any:
-    """The data module, prepared and open."""
+    """The data module, prepared and open.
+
+    Task data without a tokenizer of their own get that of the pretrained backbone, which is loaded
+    without its weights.
+    """
     data = build(cfg.data)
+    check_kind(cfg, has_tasks(data))
+    if has_tasks(data) and cfg.data.get("tokenizer") is None:
+        data.use_tokenizer(_tokenizer(cfg))
     data.prepare_data()
     data.setup()
     return data
 
 
+def use_final(data: Any) -> None:
+    """From now on the held-out data are those of the last evaluation of a run."""
+    if has_tasks(data):
+        data.use_final_items()
+    else:
+        data.use_final_windows()
+
+
 def build_objective(cfg: DictConfig, data: Any = None) -> RoutedObjective:
     """The LightningModule of a config, for the labels and units of its data if there is any."""
-    domains = per_token = None
-    if data is not None:
-        check_fit(cfg, data.corpus.vocab_size)
-        domains = data.corpus.domains
+    backbone: Any = build_backbone(cfg)
+    labels: dict[str, Any] = {}
+    if data is not None and has_tasks(data):
+        check_fit(cfg, data.vocab_size, backbone)
+        labels = {"domains": data.task_names}
+    elif data is not None:
+        check_fit(cfg, data.corpus.vocab_size, backbone)
         held_out = [data.corpus.meta[unit]["val"] for unit in ("bytes", "tokens")]
         per_token = [num_bytes / tokens for num_bytes, tokens in zip(*held_out, strict=True)]
+        labels = {"domains": data.corpus.domains, "bytes_per_token": per_token}
     return build(
         cfg.objective,
-        backbone=build_backbone(cfg),
+        backbone=backbone,
         optimizer=build(cfg.optimizer),
         losses=build_all(cfg.get("loss")),
         diagnostics=build_all(cfg.get("diagnostic")),
@@ -48,9 +72,16 @@ def build_objective(cfg: DictConfig, data: Any = None) -> RoutedObjective:
             if not isinstance(schedule, LayerwiseExperts)
         },
         seed=cfg.seed,
-        domains=domains,
-        bytes_per_token=per_token,
+        **labels,
     )
+
+
+def _tokenizer(cfg: DictConfig) -> Any:
+    """The pretrained backbone's own tokenizer."""
+    from routerlab.backbones.base_models import find_base
+    from routerlab.data.task_batches import load_tokenizer
+
+    return load_tokenizer(find_base(cfg.backbone.path, Path(cfg.backbone.cache_dir)))
 
 
 def build_trainer(
@@ -84,7 +115,9 @@ def build_trainer(
 
 
 def corpus_identity(data: Any) -> dict[str, Any]:
-    """What tells one corpus from another: domains, sources and sizes."""
+    """What tells one corpus from another: domains or tasks, sources and sizes."""
+    if has_tasks(data):
+        return data.identity
     return {key: data.corpus.meta[key] for key in ("domains", "sources", "tokens", "bytes")}
 
 
@@ -93,8 +126,9 @@ def check_schedules(cfg: DictConfig, objective: RoutedObjective) -> None:
     would refuse in a config.
     """
     backbone: Any = objective.backbone
-    router = next(iter(backbone.moe_layers.values())).router
-    sizes = {"d_model": cfg.backbone.d_model, "num_experts": router.num_experts}
+    router = next((layer.router for layer in backbone.moe_layers.values()), None)
+    sizes = {"d_model": cfg.backbone.get("d_model") or 8}  # whose value decides on no knob
+    sizes["num_experts"] = getattr(router, "num_experts", 1)
     for name, node in (cfg.get("schedule") or {}).items():
         schedule = build(node)
         if isinstance(schedule, LayerwiseExperts):
@@ -105,7 +139,8 @@ def check_schedules(cfg: DictConfig, objective: RoutedObjective) -> None:
             if room == "loss":
                 owner, part = objective.losses.by_name[path[0]], wide.loss[path[0]]
             else:
-                owner, part = (router if room == "router" else router.balancer), wide[room]
+                owner: Any = router if room == "router" else getattr(router, "balancer", None)
+                part = wide[room]
             part[knob] = fitting(value, type(owner), knob)
             try:
                 build(part) if room == "loss" else with_balancer(wide)(**sizes)
@@ -132,9 +167,9 @@ def check_batch(cfg: DictConfig, world_size: int) -> None:
     size, pieces = cfg.data.batch_size, cfg.objective.micro_batches
     if size % world_size:
         raise ConfigError(f"data.batch_size={size}: not a multiple of the {world_size} processes")
-    for key in ("max_val_windows", "final_val_windows"):
-        if (windows := cfg.data.get(key)) is not None and windows < world_size:
-            raise ConfigError(f"data.{key}={windows}: must be at least the {world_size} processes")
+    for key in ("max_val_windows", "final_val_windows", "max_val_items", "final_val_items"):
+        if (held_out := cfg.data.get(key)) is not None and held_out < world_size:
+            raise ConfigError(f"data.{key}={held_out}: must be at least the {world_size} processes")
     if pieces > size // world_size:
         raise ConfigError(
             f"objective.micro_batches={pieces}: must be at most the {size // world_size} sequences "

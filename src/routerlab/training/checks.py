@@ -6,7 +6,10 @@ import torch
 from omegaconf import DictConfig
 
 from routerlab.analysis.compare import flat
-from routerlab.core.config import ConfigError
+from routerlab.core.config import ConfigError, available
+from routerlab.core.instantiate import locate
+from routerlab.objectives.finetune import FineTune
+from routerlab.training.build import takes_adapter
 
 # Changing these does not change what a run computes, so a resumed run may.
 _FREE_TO_CHANGE = (
@@ -15,6 +18,8 @@ _FREE_TO_CHANGE = (
     "paths.",
     "callback.",
     "logger.",
+    "baselines",
+    "evaluate_base",
     "trainer.max_steps",
     "data.cache_dir",
 )
@@ -58,18 +63,48 @@ def check_trainer(cfg: DictConfig) -> None:
         raise ConfigError(f"trainer.val_check_interval={every}: must be a whole number of steps")
 
 
-def check_fit(cfg: DictConfig, vocab_size: int) -> None:
-    """Refuses text that the backbone cannot read: too long, or with too many symbols."""
-    backbone, data = cfg.backbone, cfg.data
-    if data.seq_len > backbone.max_positions:
+def check_kind(cfg: DictConfig, has_tasks: bool) -> None:
+    """Refuses data, objective and backbone that do not speak of the same thing."""
+    pretrained, target = takes_adapter(cfg), locate(cfg.objective["_target_"])
+    if has_tasks and not issubclass(target, FineTune):
         raise ConfigError(
-            f"data.seq_len={data.seq_len}: longer than backbone.max_positions="
-            f"{backbone.max_positions}"
+            f"objective {target.__name__}: the data are prompts and answers; use objective=finetune"
         )
-    if vocab_size > backbone.vocab_size:
+    if not has_tasks and issubclass(target, FineTune):
         raise ConfigError(
-            f"backbone.vocab_size={backbone.vocab_size}: the tokenizer {data.tokenizer!r} has "
+            f"data: objective {target.__name__} needs prompts and answers; use data=sarcasm or "
+            "data=jsonl"
+        )
+    if not has_tasks and pretrained and cfg.data.tokenizer == "bytes":
+        raise ConfigError(
+            "data.tokenizer=bytes: a pretrained model reads its own tokens; give its tokenizer's "
+            "JSON file, or use task data"
+        )
+    if has_tasks and not pretrained and cfg.data.get("tokenizer") is None:
+        raise ConfigError("data.tokenizer: must be given, since this backbone brings none")
+
+
+def check_fit(cfg: DictConfig, vocab_size: int, backbone: Any) -> None:
+    """Refuses data that the backbone cannot read: too long, or with too many symbols."""
+    key = "seq_len" if "seq_len" in cfg.data else "max_length"
+    positions, symbols = backbone.max_positions, backbone.vocab_size
+    if positions is not None and cfg.data[key] > positions:
+        raise ConfigError(
+            f"data.{key}={cfg.data[key]}: longer than backbone.max_positions={positions}"
+        )
+    if vocab_size > symbols:
+        raise ConfigError(
+            f"backbone.vocab_size={symbols}: the tokenizer {cfg.data.tokenizer!r} has "
             f"{vocab_size} symbols; set backbone.vocab_size={vocab_size} or more"
+        )
+
+
+def check_trainable(backbone: Any) -> None:
+    """Refuses to train a model whose parameters are all frozen."""
+    if not any(parameter.requires_grad for parameter in backbone.parameters()):
+        raise ConfigError(
+            "adapter: trainable parameters: none, since the base model is frozen; choose one of "
+            f"adapter={', '.join(available('adapter'))}"
         )
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = (
-    "routerlab", "torch", "lightning", "hydra-core", "datasets", "transformers", "wandb", "numpy",
+    "routerlab", "torch", "lightning", "hydra-core", "datasets", "transformers", "peft", "wandb",
+    "numpy",
 )  # fmt: skip
 
 

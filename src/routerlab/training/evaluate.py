@@ -1,5 +1,6 @@
-"""A finished run's model on held-out text."""
+"""Models on held-out data, outside of training: a finished run's, and the base of a new one."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,22 @@ def load_objective(
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Validates the run ``cfg.run``; the metrics, also written to ``evaluation.json`` there."""
+    """Validates the run ``cfg.run``; the metrics, also written to ``evaluation.json`` there.
+
+    Text: ``cfg.max_val_windows`` held-out windows. Tasks: the items of the run's last evaluation,
+    or the first ``cfg.max_items`` of their split.
+    """
     assemble.quiet()
     run = RunDirectory.existing(cfg.run)
     own = run.config
     OmegaConf.set_struct(own, False)
     if "max_val_windows" in own.data:
         own.data.max_val_windows = cfg.max_val_windows
+    if "final_val_items" in own.data and cfg.max_items is not None:
+        own.data.final_val_items = cfg.max_items
     objective, data, path = load_objective(run, cfg.checkpoint, own)
+    if assemble.has_tasks(data):
+        assemble.use_final(data)
     check_trainer(own)
     trainer = assemble.build_trainer(own, run.path, [], [])
     trainer.validate(objective, datamodule=data, verbose=False)
@@ -47,3 +56,17 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     file = run.path / "evaluation.json"
     file.write_text(json.dumps(result, indent=2) + "\n")
     return result | {"file": str(file)}
+
+
+def evaluate_base(cfg: DictConfig, run: RunDirectory, data: Any, objective: Any) -> None:
+    """The last evaluation of the run ``cfg``, before its first step, to ``base.json``: a fresh
+    adapter changes nothing, so this is the base model. A resumed run has it already.
+    """
+    if run.read_json("base.json") is not None:
+        return
+    held_out = copy.copy(data)  # training goes on with the items of its own validations
+    assemble.use_final(held_out)
+    trainer = assemble.build_trainer(cfg, run.path, [], [])
+    trainer.validate(objective, datamodule=held_out, verbose=False)
+    if trainer.is_global_zero:
+        run.write_json("base.json", objective.validation_result[0])

@@ -7,12 +7,15 @@ from rich.console import Console
 from rich.table import Table
 
 from routerlab.objectives.routed import RoutedObjective
+from routerlab.training.assemble import has_tasks
 from routerlab.training.callbacks.metrics import Metrics
 from routerlab.training.run_directory import RunDirectory
+from routerlab.training.task_results import print_accuracies, task_results
 
 _LAYER = (
     "load_entropy", "max_violation", "mean_entropy", "entropy_of_mean", "mutual_information",
     "domain_information", "dead_experts", "experts_per_token", "uncovered_share",
+    "ess_min", "ess_mean", "ess_p05", "probs_ess_min", "probs_ess_mean", "probs_ess_p05",
 )  # fmt: skip
 
 
@@ -34,11 +37,13 @@ def summarize(
     metrics: Metrics,
     trainer: pl.Trainer,
 ) -> dict[str, Any]:
-    """What ``summary.json`` holds: validation beside n-gram baselines, every layer, the cost."""
+    """What ``summary.json`` holds: validation beside baselines (n-grams; for tasks the base model
+    and other runs), every layer, the cost.
+    """
     scalars, _ = objective.validation_result
-    by_domain = "val/bits_per_byte/"
     backbone: Any = objective.backbone
-    layers = [name.removesuffix(".moe") for name in backbone.layer_names]
+    layers = list(backbone.moe_layers.values())
+    results = task_results(run, scalars) if has_tasks(data) else _text_results(data, scalars)
     return {
         "name": run.name,
         "steps": trainer.global_step,
@@ -47,6 +52,17 @@ def summarize(
         "tokens_per_second": metrics.tokens / max(metrics.train_seconds, 1e-9),
         "parameters": backbone.count_parameters(),
         "looks_ahead": objective.looks_ahead,
+        **results,
+        "domains": objective.domains,
+        "num_experts": [layer.experts.num_experts for layer in layers],
+        "top_k": getattr(layers[0].router, "top_k", None) if layers else None,
+        "layers": [_layer(name, scalars) for name in backbone.layer_names],
+    }
+
+
+def _text_results(data: Any, scalars: dict[str, float]) -> dict[str, Any]:
+    by_domain = "val/bits_per_byte/"
+    return {
         "val": {
             "loss": scalars["val/loss"],
             "bits_per_byte": scalars["val/bits_per_byte"],
@@ -59,45 +75,51 @@ def summarize(
         "baselines": {
             name: values["all"] for name, values in data.corpus.meta["ngram_bits_per_byte"].items()
         },
-        "domains": objective.domains,
-        "num_experts": [layer.experts.num_experts for layer in backbone.moe_layers.values()],
-        "top_k": getattr(next(iter(backbone.moe_layers.values())).router, "top_k", None),
-        "layers": [
-            {"layer": layer}
-            | {
-                name: scalars[f"val/router/{layer}/{name}"]
-                for name in _LAYER
-                if f"val/router/{layer}/{name}" in scalars
-            }
-            for layer in layers
-        ],
     }
+
+
+def _layer(name: str, scalars: dict[str, float]) -> dict[str, Any]:
+    layer = name.removesuffix(".moe")
+    keys = {metric: f"val/router/{layer}/{metric}" for metric in _LAYER}
+    return {"layer": layer} | {m: scalars[key] for m, key in keys.items() if key in scalars}
 
 
 def print_headline(run: RunDirectory) -> None:
     """Prints the summary of a finished run."""
     summary, console = run.read_json("summary.json"), Console()
+    if "accuracy" in summary["val"]:
+        print_accuracies(summary, console)
+    else:
+        _print_bits(summary, console)
+    if (ahead := summary["looks_ahead"]) != "no":
+        console.print(f"[bold red]{LOOKS_AHEAD[ahead]}")
+    if any(len(layer) > 1 for layer in summary["layers"]):
+        console.print(_layer_table(summary["layers"]))
+    counts = [layer["dead_experts"] for layer in summary["layers"] if "dead_experts" in layer]
+    if counts:
+        console.print(f"experts that died: {f'{sum(counts):.0f}' if sum(counts) else 'none'}")
+    parameters = summary["parameters"]
+    words = [f"{parameters['total']:,} parameters", f"{parameters['active']:,} active"]
+    if parameters.get("trainable", parameters["total"]) != parameters["total"]:
+        words.append(f"{parameters['trainable']:,} trainable")
+    console.print(
+        f"{summary['steps']} steps, {summary['tokens']:,} tokens in "
+        f"{summary['train_seconds']:.0f} s ({summary['tokens_per_second']:,.0f} tokens/s); "
+        + ", ".join(words)
+    )
+    console.print(f"run    {run.path}", soft_wrap=True, highlight=False)
+    console.print(f"report {run.path / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+def _print_bits(summary: dict[str, Any], console: Console) -> None:
     table = Table(title="held-out bits per byte (lower is better)", title_justify="left")
     columns = {**summary["baselines"], "this model": summary["val"]["bits_per_byte"]}
     for name in columns:
         table.add_column(name, justify="right")
     table.add_row(*(f"{value:.3f}" for value in columns.values()))
     console.print(table)
-    if (ahead := summary["looks_ahead"]) != "no":
-        console.print(f"[bold red]{LOOKS_AHEAD[ahead]}")
     domains = summary["val"]["bits_per_byte_by_domain"]
     console.print("by domain: " + ", ".join(f"{k} {v:.3f}" for k, v in domains.items()))
-    if summary["layers"]:
-        console.print(_layer_table(summary["layers"]))
-    dead = sum(layer.get("dead_experts", 0) for layer in summary["layers"])
-    console.print(f"experts that died: {dead:.0f}" if dead else "experts that died: none")
-    console.print(
-        f"{summary['steps']} steps, {summary['tokens']:,} tokens in "
-        f"{summary['train_seconds']:.0f} s ({summary['tokens_per_second']:,.0f} tokens/s); "
-        f"{summary['parameters']['total']:,} parameters, {summary['parameters']['active']:,} active"
-    )
-    console.print(f"run    {run.path}", soft_wrap=True, highlight=False)
-    console.print(f"report {run.path / 'report.html'}", soft_wrap=True, highlight=False)
 
 
 _COLUMNS = {
@@ -108,13 +130,30 @@ _COLUMNS = {
     "domain_information": "domain\ninfo",
     "dead_experts": "dead\nexperts",
 }
+_SUPPORT = {
+    "load_entropy": "load\nentropy",
+    "mean_entropy": "token\nentropy",
+    "dead_experts": "dead\nexperts",
+    "probs_ess_mean": "softmax\nESS",
+    "ess_mean": "used\nESS",
+}  # where it was measured
+_MOST_ROWS = 16  # of the printed table of layers
 
 
 def _layer_table(layers: list[dict[str, Any]]) -> Table:
-    table = Table("layer", title="routing on held-out text", title_justify="left")
-    names = [name for name in _COLUMNS if name in layers[0]]
+    """A row a layer; of a deep model the lowest, mean and highest value alone."""
+    table = Table("layer", title="routing on held-out data", title_justify="left")
+    columns = _SUPPORT if "ess_mean" in layers[0] else _COLUMNS
+    names = [name for name in columns if all(name in layer for layer in layers)]
     for name in names:
-        table.add_column(_COLUMNS[name], justify="right", no_wrap=True)
+        table.add_column(columns[name], justify="right", no_wrap=True)
+    if len(layers) > _MOST_ROWS:
+        values = {name: [layer[name] for layer in layers] for name in names}
+        reduce = {"lowest": min, "mean": lambda v: sum(v) / len(v), "highest": max}
+        layers = [
+            {"layer": f"{word} of {len(layers)}"} | {name: f(v) for name, v in values.items()}
+            for word, f in reduce.items()
+        ]
     for layer in layers:
         table.add_row(layer["layer"], *(f"{layer[name]:.3g}" for name in names))
     return table

@@ -12,23 +12,25 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from routerlab.analysis import trace
 from routerlab.core.config import ConfigError, compose, user_dirs
 from routerlab.core.instantiate import build_all, partial
 from routerlab.objectives.rehearsal import rehearse
 from routerlab.objectives.routed import RoutedObjective
-from routerlab.training import assemble
+from routerlab.training import assemble, baselines
 from routerlab.training.callbacks.checkpoint import KeepConfig
 from routerlab.training.callbacks.metrics import Metrics
 from routerlab.training.callbacks.reseed import Reseed
 from routerlab.training.callbacks.validation import MissedValidation
-from routerlab.training.checks import check_trainer, differences
+from routerlab.training.checks import check_trainable, check_trainer, differences
 from routerlab.training.environment import environment
+from routerlab.training.evaluate import evaluate_base
 from routerlab.training.loggers import MetricsFiles
+from routerlab.training.recording import record
 from routerlab.training.run_directory import RunDirectory, is_main_process
 from routerlab.training.summary import summarize
 
 _RUN_DIR = "ROUTERLAB_RUN_DIR"  # tells the other processes of a run where it lies
+_TERMINATED = 143  # the exit code after SIGTERM
 
 
 def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
@@ -36,17 +38,17 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
 
     Everything that can be known to be wrong raises `ConfigError` or ``ValueError`` before the run
     directory is made. A run that fails later says why in ``status.json`` and keeps its checkpoints.
+    Its baselines are trained first, each as a run of its own in ``baselines/<name>/``.
     """
     assemble.quiet()
     run, cfg, overrides = _resumed(cfg, overrides) if cfg.resume else (None, cfg, overrides)
-    check_trainer(cfg)
-    torch.manual_seed(cfg.seed)  # initial weights
-    data = assemble.build_data(cfg)
-    objective = assemble.build_objective(cfg, data)
-    assemble.check_batch(cfg, _world_size(cfg))
-    assemble.check_recipe(cfg, objective)
-    assemble.check_schedules(cfg, objective)
-    rehearse(objective)
+    plans = baselines.planned(cfg, overrides)
+    for plan in plans:
+        try:
+            _prepared(plan.cfg)
+        except ValueError as error:
+            raise ConfigError(f"baselines.{plan.name}: {error}") from error
+    data, objective = _prepared(cfg)
     if run is not None:
         _check_corpus(run, data)
     callbacks = build_all(cfg.get("callback"))
@@ -57,15 +59,33 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
         run.write_json("environment.json", environment())
         run.set_status("running")
     try:
+        if plans:
+            del objective  # two models at once may be one too many
+            baselines.train_each(plans, run, train)
+            objective = _prepared(cfg, data)[1]
         _fit(cfg, run, data, objective, callbacks)
     except BaseException as error:
         _close_failed(run, error)
         if isinstance(error, SIGTERMException):  # its exit code would be 0
-            raise SystemExit(143) from error
+            raise SystemExit(_TERMINATED) from error
         raise
     finally:
         _finish_wandb(run)
     return run
+
+
+def _prepared(cfg: DictConfig, data: Any = None) -> tuple[Any, RoutedObjective]:
+    """The data and the objective of a run, checked against each other and against the machine."""
+    check_trainer(cfg)
+    torch.manual_seed(cfg.seed)  # initial weights
+    data = assemble.build_data(cfg) if data is None else data
+    objective = assemble.build_objective(cfg, data)
+    check_trainable(objective.backbone)
+    assemble.check_batch(cfg, _world_size(cfg))
+    assemble.check_recipe(cfg, objective)
+    assemble.check_schedules(cfg, objective)
+    rehearse(objective)
+    return data, objective
 
 
 def _fit(
@@ -75,6 +95,8 @@ def _fit(
     objective: RoutedObjective,
     extra: dict[str, pl.Callback],
 ) -> None:
+    if cfg.get("evaluate_base"):
+        evaluate_base(cfg, run, data, objective)
     files, metrics = MetricsFiles(run.path), Metrics()
     loggers = [files, *_loggers(cfg, run, objective.looks_ahead)]
     if "checkpoint" in extra:
@@ -84,6 +106,7 @@ def _fit(
     callbacks = [*first, *extra.values()]
     trainer = assemble.build_trainer(cfg, run.path, callbacks, loggers)
     start = _start(run, files)
+    objective.train()  # pretrained models come in evaluation mode, and lightning leaves them so
     try:
         trainer.fit(objective, datamodule=data, ckpt_path=start, weights_only=True)
     except SystemExit as stop:  # what lightning makes of Ctrl-C
@@ -93,12 +116,14 @@ def _fit(
     if trainer.strategy.broadcast(not files.has(trainer.global_step, "val/loss")):
         trainer.validate(objective, datamodule=data, verbose=False)
     metrics.logs_validation = False  # the headline, and no point of a curve
-    data.use_final_windows()
+    assemble.use_final(data)
     trainer.validate(objective, datamodule=data, verbose=False)
     if trainer.is_global_zero:
         run.write_json("summary.json", summarize(run, data, objective, metrics, trainer))
         if cfg.trace_sequences:
-            _record(cfg, run, data, objective)
+            record(cfg, run, data, objective)
+        if hasattr(objective.backbone, "save_adapter"):
+            objective.backbone.save_adapter(run.path / "adapter")  # type: ignore[operator]
         run.set_status("done")
         _report(run)
 
@@ -109,8 +134,11 @@ def _close_failed(run: RunDirectory, error: BaseException) -> None:
     folders = "".join(f"--config-dir {path} " for path in user_dirs())
     error.add_note(f"last good checkpoint: {checkpoint or 'none yet'}")
     error.add_note(f"go on with: routerlab train {folders}resume={run.path}")
+    preempted = isinstance(error, SIGTERMException) or (
+        isinstance(error, SystemExit) and error.code == _TERMINATED  # of a baseline
+    )
     if is_main_process():
-        run.set_status("preempted" if isinstance(error, SIGTERMException) else "failed", error)
+        run.set_status("preempted" if preempted else "failed", error)
         with contextlib.suppress(Exception):  # the error itself matters more than its report
             _report(run)
 
@@ -174,18 +202,19 @@ def _saved_config(run: RunDirectory) -> Any:
 
 def _new_run(cfg: DictConfig, overrides: Sequence[str]) -> RunDirectory:
     if not is_main_process():  # the first process made it and told us
-        path = os.environ.get(_RUN_DIR) or cfg.run_dir
+        path = cfg.run_dir or os.environ.get(_RUN_DIR)
         if not path:
             raise ConfigError("run_dir: several processes were started at once; give run_dir=...")
-        return RunDirectory(Path(path))
+        return RunDirectory(Path(path).expanduser().resolve())
     run = RunDirectory.new(Path(cfg.paths.output_dir), cfg.name, overrides, cfg.run_dir)
-    os.environ[_RUN_DIR] = str(run.path)
+    if not cfg.run_dir:
+        os.environ[_RUN_DIR] = str(run.path)
     return run
 
 
 def _loggers(cfg: DictConfig, run: RunDirectory, ahead: str) -> list[Any]:
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    router = cfg.router["_target_"].rsplit(".", 1)[-1]
+    router = cfg.router["_target_"].rsplit(".", 1)[-1] if cfg.get("router") else "no router"
     tags = run.overrides if ahead == "no" else [f"looks ahead {ahead}", *run.overrides]
     shared = {"directory": run.path, "config": settings, "job_type": router, "tags": tags}
     return [partial(node)(**shared) for node in (cfg.get("logger") or {}).values()]
@@ -195,18 +224,6 @@ def _world_size(cfg: DictConfig) -> int:
     devices = cfg.trainer.devices
     count = devices if isinstance(devices, int) else 1 if devices == "auto" else len(devices)
     return count * cfg.trainer.get("num_nodes", 1)
-
-
-@torch.no_grad()
-def _record(cfg: DictConfig, run: RunDirectory, data: Any, objective: RoutedObjective) -> None:
-    """Keeps what the routers decide on some held-out sequences, as many of each domain."""
-    dataset = data.val_dataloader().dataset
-    count = min(cfg.trace_sequences, len(dataset))
-    items = [dataset[i * len(dataset) // count] for i in range(count)]
-    ids, domains = (torch.stack([item[key] for item in items]) for key in ("input_ids", "domain"))
-    device = objective.device
-    found = trace.record(objective.backbone, ids.to(device), domains.to(device), objective.domains)
-    trace.save(run.path / "traces" / "validation.safetensors", found)
 
 
 def _finish_wandb(run: RunDirectory) -> None:

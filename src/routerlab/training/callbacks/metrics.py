@@ -46,7 +46,8 @@ class Metrics(pl.Callback):
     ) -> None:
         """Logs a due step."""
         self.train_seconds += time.perf_counter() - self._start
-        self.tokens += batch["input_ids"].numel() * trainer.world_size
+        real = int(batch["valid"].sum()) if "valid" in batch else batch["input_ids"].numel()
+        self.tokens += real * trainer.world_size
         if not outputs["due"]:
             return
         tokens, seconds = self.tokens - self._since[0], self.train_seconds - self._since[1]

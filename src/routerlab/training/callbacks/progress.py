@@ -11,7 +11,7 @@ from routerlab.objectives.routed import RoutedObjective
 
 
 class ProgressDisplay(pl.Callback):
-    """Step, loss, bits per byte, tokens per second, load and entropy, and the time left.
+    """Step, loss, bits per byte or accuracy, tokens per second, load, entropy and the time left.
 
     A bar in a terminal; elsewhere one line every ``seconds``.
     """
@@ -78,8 +78,8 @@ class ProgressDisplay(pl.Callback):
         assert isinstance(pl_module, RoutedObjective)
         scalars, _ = pl_module.validation_result
         if trainer.is_global_zero and trainer.state.fn == "fit":  # the headline comes after it
-            bits = f"validation {scalars['val/bits_per_byte']:.3f} bits per byte"
-            line = f"step {trainer.global_step}  {bits}{_routing(scalars, 'val/router')}"
+            line = f"step {trainer.global_step}  validation {_score(scalars)}"
+            line += _routing(scalars, "val/router")
             self.console.print(line, highlight=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -96,6 +96,12 @@ class ProgressDisplay(pl.Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _score(scalars: dict[str, float]) -> str:
+    if "val/accuracy" in scalars:
+        return f"accuracy {scalars['val/accuracy']:.1%}, loss {scalars['val/loss']:.3f}"
+    return f"{scalars['val/bits_per_byte']:.3f} bits per byte"
 
 
 def _routing(scalars: dict[str, float], prefix: str = "router") -> str:

@@ -1,0 +1,73 @@
+"""Accuracies of a fine-tuning run, of the base model and of its baselines."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from routerlab.objectives.answers import wilson_interval
+from routerlab.training import baselines
+from routerlab.training.run_directory import RunDirectory
+
+_BY_TASK = "val/accuracy/"
+_NUMBERS = ("loss", "sampled_loss", "accuracy", "accuracy_low", "accuracy_high", "items")
+
+
+def accuracies(scalars: dict[str, float]) -> dict[str, Any]:
+    """The numbers of a validation by name, and by task: accuracy with its 95 % interval, items."""
+    tasks = [key.removeprefix(_BY_TASK) for key in scalars if key.startswith(_BY_TASK)]
+    overall = {name: scalars[f"val/{name}"] for name in _NUMBERS if f"val/{name}" in scalars}
+    return overall | {"by_task": {task: _of_task(task, scalars) for task in tasks}}
+
+
+def _of_task(task: str, scalars: dict[str, float]) -> dict[str, float]:
+    accuracy, items = scalars[f"{_BY_TASK}{task}"], scalars[f"val/items/{task}"]
+    low, high = wilson_interval(accuracy * items, items)
+    return {
+        "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "items": items,
+    }  # fmt: skip
+
+
+def task_results(run: RunDirectory, scalars: dict[str, float]) -> dict[str, Any]:
+    """The part of ``summary.json`` that is about accuracy: ``val`` of this run, ``base`` of the
+    base model (None if it was not evaluated), ``baselines`` by name.
+    """
+    base = run.read_json("base.json")
+    found = baselines.results(run)
+    return {
+        "val": accuracies(scalars),
+        "base": None if base is None else accuracies(base),
+        "baselines": {
+            name: summary["val"] | {k: summary[k] for k in ("parameters", "train_seconds")}
+            for name, summary in found.items()
+        },
+    }
+
+
+def interval(value: dict[str, Any], digits: int = 1) -> str:
+    """``83.1 % (80.2 to 85.7)``: an accuracy with its 95 % interval."""
+    low, high = value.get("accuracy_low"), value.get("accuracy_high")
+    text = f"{100 * value['accuracy']:.{digits}f} %"
+    if low is None or high is None:
+        return text
+    return f"{text} ({100 * low:.{digits}f} to {100 * high:.{digits}f})"
+
+
+def print_accuracies(summary: dict[str, Any], console: Console) -> None:
+    """Prints a row for the base model, each baseline and this run."""
+    items = summary["val"].get("items")
+    count = f" on {items:,.0f} items" if items else ""
+    title = f"held-out accuracy{count} (95 % interval)"
+    table = Table("", title=title, title_justify="left")
+    for name in ("accuracy", "loss", "trainable"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = {"base model": summary["base"]} if summary["base"] else {}
+    rows |= summary["baselines"]
+    rows["this run"] = summary["val"] | {"parameters": summary["parameters"]}
+    for name, row in rows.items():
+        trainable = row.get("parameters", {}).get("trainable", 0)
+        table.add_row(name, interval(row), f"{row['loss']:.3f}", f"{trainable:,}")
+    console.print(table)
+    tasks = summary["val"]["by_task"]
+    if len(tasks) > 1:
+        console.print("by task: " + ", ".join(f"{k} {interval(v)}" for k, v in tasks.items()))
