@@ -41,7 +41,7 @@ def test_padding_is_never_routed_and_changes_nothing(form: str, side: str) -> No
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     got = logits_of(model, padded, attention_mask=mask.long(), position_ids=positions)[mask]
     records = dict(model.base_model.state.records)
-    alone, counts = [], {name: 0 for name in records}
+    alone, counts = [], dict.fromkeys(records, 0)
     for row, tokens in enumerate(rows):
         with model.base_model.state.tasks(torch.tensor([row % TASKS])), torch.no_grad():
             alone.append(model(tokens[None]).logits[0])

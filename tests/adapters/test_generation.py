@@ -114,5 +114,8 @@ def test_tasks_last_as_long_as_their_block() -> None:
     assert not torch.allclose(inner, outer)
     with pytest.raises(ValueError, match="task_ids: experts='skills' route by task"):
         model(ids)
-    with state.tasks(torch.tensor([0, 1, 2])), pytest.raises(ValueError, match="3 for a batch of 2"):
+    with (
+        state.tasks(torch.tensor([0, 1, 2])),
+        pytest.raises(ValueError, match="3 for a batch of 2"),
+    ):
         model(ids)

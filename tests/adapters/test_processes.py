@@ -59,9 +59,7 @@ def _compiled_and_eager(form: str, options: dict[str, Any]) -> tuple[Tensor, Ten
         pytest.param("lora", REMIX, marks=pytest.mark.slow),
     ],
 )
-def test_compiled_it_computes_the_same(
-    form: str, options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_compiled_it_computes_the_same(form: str, options: dict[str, Any], tmp_path: Path) -> None:
     (result,) = run_distributed(
         _compiled_and_eager, form, options, world_size=1, tmp_path=tmp_path, timeout=200.0
     )

@@ -93,7 +93,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("lora", {"plain_modules": ["o_prj"]}, "plain_modules: 'o_prj' matches no.*'o_proj'"),
     ("lora", {"target_modules": ["mlp"]}, "mlp' is a LlamaMLP, not a linear"),
     ("lora", {"target_modules": ["embed_tokens"]}, "'model.embed_tokens' is a Embedding, not a"),
-    ("feed_forward", {"target_modules": ["self_attn"], "plain_modules": None}, "is not a feed-forward network that"),
+    ("feed_forward", {"target_modules": ["self_attn"], "plain_modules": None},
+     "is not a feed-forward network that"),
     ("feed_forward", {"plain_modules": ["up_proj"]}, "mlp' and 'model.layers.0.mlp.up_.* overlap"),
     ("lora", {"plain_modules": ["up_proj"]}, "mlp.up_proj' overlap"),
     ("lora", {"router": "deepseek_v3", "num_experts": 6}, "num_groups"),
@@ -136,7 +137,7 @@ def test_a_refusal_leaves_the_model_as_it_was(
     [
         ("lora", {"target_modules": ["q_prj"]}, "'q_prj' matches no module"),
         ("lora", {"router": "deepseek_v3", "num_experts": 6}, "num_groups"),
-        ("feed_forward", {}, "'model.layers.0.mlp.gate_proj' overlap"),
+        ("feed_forward", {}, "'model.layers.0.mlp.down_proj' overlap"),
         ("skills", {}, "already has an adapter of another kind"),
         ("lora", {"target_modules": ["q_proj"], "experts_from": ["x"] * 4}, "no adapter_config"),
     ],
@@ -209,6 +210,24 @@ def test_a_saved_config_cannot_name_any_callable(target: Any, place: str, tmp_pa
     wanted = {"router": "is not a router|must come from", "balancer": "is not a bal|must come from"}
     with pytest.raises(ValueError, match=wanted.get(place, "must be a plain value")):
         PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gate", "lora_A", "mix_router", "weight"])
+def test_names_that_would_mix_up_saved_weights_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"adapter name '{name}': is that of a part"):
+        adapted().add_adapter(name, config_of("lora"))
+    with pytest.raises(ValueError, match=f"adapter name '{name}': is that of a part"):
+        get_peft_model(tiny_llama(), config_of("lora"), adapter_name=name)
+
+
+def test_one_of_several_adapters_is_saved(tmp_path: Path) -> None:
+    model = adapted()
+    want = logits_of(model, some_ids())
+    model.add_adapter("up", config_of("lora", r=3))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path, adapter_name="any")
+    assert torch.equal(logits_of(again, some_ids()), want)
+    assert not any("up" in key.split(".")[-3:] for key in again.state_dict())
 
 
 def test_names_of_records_sort_by_depth() -> None:

@@ -35,6 +35,7 @@ class MixtureLayer(BaseTunerLayer):
     adapter_layer_names = ("mix_experts", "mix_router")
     other_param_names = ("configs",)
     forms: tuple[str, ...] = ()  # of experts that such a layer can have
+    training: bool
 
     def __init__(self, base_layer: nn.Module, name: str, block: str, state: RoutingState) -> None:
         self.base_layer = base_layer

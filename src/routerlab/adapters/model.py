@@ -44,6 +44,7 @@ class MixtureOfLoraModel(BaseTuner):
         config.base_model = facts_of(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._check_names(adapter_name)
             self._start_from_trained(adapter_name, config)
         except Exception:
             self._take_back(adapter_name, known)
@@ -51,6 +52,19 @@ class MixtureOfLoraModel(BaseTuner):
                 parameter.requires_grad_(learns)
             raise
         self.state.attach(model)
+
+    def _check_names(self, adapter: str) -> None:
+        """PEFT saves one adapter as all keys in which no other adapter's name is a part."""
+        parts = {*MixtureLayer.adapter_layer_names}
+        for layer in self.state.layers.values():
+            for held in (layer.mix_experts, layer.mix_router):
+                if adapter in held:
+                    parts.update(*(key.split(".") for key in held[adapter].state_dict()))
+        if taken := sorted(parts.intersection(self.peft_config)):
+            raise ValueError(
+                f"adapter name {taken[0]!r}: is that of a part of an adapter too, and its weights "
+                "would not be told apart; choose another name"
+            )
 
     def _start_from_trained(self, adapter: str, config: Any) -> None:
         layers = {n: layer for n, layer in self.state.layers.items() if adapter in layer.configs}

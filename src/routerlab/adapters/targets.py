@@ -53,7 +53,8 @@ def find_targets(model: nn.Module, config: MixtureOfLoraConfig) -> set[str]:
     _check_all_match(config, modules, matched)
     layers = {key: m for key, m in model.named_modules() if isinstance(m, MixtureLayer)}
     for key in sorted(matched | plain):
-        other = next((k for k in matched | plain | set(layers) if k.startswith(f"{key}.")), None)
+        inside = (k for k in matched | plain | set(layers) if k.startswith(f"{key}."))
+        other = min(inside, default=None)
         if other or (key in matched and key in plain):
             raise ValueError(
                 f"target_modules: {key!r} and {other or key!r} overlap; adapt one of them"

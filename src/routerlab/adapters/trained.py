@@ -12,7 +12,10 @@ from routerlab.adapters.config import PEFT_TYPE, MixtureOfLoraConfig
 from routerlab.adapters.experts import LoraExperts
 from routerlab.adapters.layer import MixtureLinear, exclude
 
-_UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias")
+_UNSUPPORTED = (
+    "use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "layer_replication",
+    "modules_to_save",
+)  # fmt: skip
 
 
 def import_experts(layers: dict[str, Any], adapter: str, config: MixtureOfLoraConfig) -> None:
@@ -57,6 +60,11 @@ def import_experts(layers: dict[str, Any], adapter: str, config: MixtureOfLoraCo
     for name, missing in absent.items():
         if len(missing) == config.num_experts:
             raise ValueError(f"experts_from: no adapter adapts {name}; leave it out of the targets")
+        if config.router_scope == "block":
+            raise ValueError(
+                f"router_scope='block': experts {missing} have no weights in {name}, which the "
+                "router of its block cannot know; use router_scope='linear'"
+            )
         exclude(layers[name].mix_router[adapter], missing, name)
     config.absent_experts = absent
 
@@ -120,10 +128,16 @@ def _lora_factors(path: Path, r: int) -> dict[str, tuple[Tensor, Tensor]]:
     for name in _UNSUPPORTED:
         if saved.get(name):
             raise ValueError(f"experts_from: {str(path)!r} uses {name}, which experts cannot have")
+    if saved.get("bias", "none") != "none":
+        raise ValueError(f"experts_from: {str(path)!r} trained biases, which experts cannot have")
+    if not (path / "adapter_model.safetensors").is_file():
+        raise ValueError(f"experts_from: {str(path)!r} holds no adapter_model.safetensors")
     weights = load_file(path / "adapter_model.safetensors")
     factors = {}
     for key, a in weights.items():
-        if not key.endswith(".lora_A.weight"):
+        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise ValueError(f"experts_from: {str(path)!r} has {key}, which experts cannot have")
+        if key.endswith(".lora_B.weight"):
             continue
         module = key.removesuffix(".lora_A.weight")
         b, rank = weights[f"{module}.lora_B.weight"], len(a)

