@@ -63,7 +63,7 @@ def _time(study: Study, arguments: argparse.Namespace) -> int:
         csv.writer(file, lineterminator="\n").writerows(lines)
     for line in lines:
         print("  ".join(f"{cell:<14}" for cell in line))
-    return int(len(found) + 1 < len(study.arms))
+    return int(len(found) + 1 < sum(not study.sources(arm) for arm in study.arms))
 
 
 def _report(study: Study, arguments: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ class Study:
     by arm; both are the headline unless they say otherwise. ``curve``: a column of metrics.csv that
     the figure shows over training. ``labels``: arms shown under another name. ``experiment`` is the
     config that all arms start from. ``{run:ARM}`` in an override is the run directory of another
-    arm and the same seed, which is then trained first.
+    arm and the same seed, which is trained first, and not compared with the others.
     """
 
     folder: Path
@@ -72,6 +72,12 @@ class Study:
     def sources(self, arm: str) -> list[str]:
         """The arms on whose runs an arm builds."""
         return re.findall(r"\{run:([\w.]+)\}", " ".join(self.arms[arm]))
+
+    @property
+    def compared(self) -> list[str]:
+        """The arms of table and figure: those that no other arm builds on."""
+        sources = {source for arm in self.arms for source in self.sources(arm)}
+        return [arm for arm in self.arms if arm not in sources]
 
     def label(self, arm: str) -> str:
         """The name of an arm for readers."""

@@ -21,7 +21,7 @@ def draw(study: Study, rows: Sequence[Row], output: Path, to: Path) -> None:
 
     done = [row for row in rows if row["state"] == "done"]
     panels = [m for m in study.panels if any(m in row for row in done)]
-    arms = [arm for arm in study.arms if by_seed(done, arm, panels[0])]
+    arms = [arm for arm in study.compared if by_seed(done, arm, panels[0])]
     arms.sort(key=lambda arm: interval(list(by_seed(done, arm, panels[0]).values())).mean)
     count = len(panels) + (study.curve is not None)
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}

@@ -18,6 +18,7 @@ Row = dict[str, Any]
 HEADLINES = ("bits_per_byte", "accuracy")
 FIRST = ["arm", "seed", "state", "looks_ahead", *HEADLINES]
 _LEAST_SUPPORT = re.compile(r"router/(?!mean/).*/probs_ess_min")  # of any token in training
+_OF_RUN = ("seed", "data.seed", "run_dir", "adapter.adapt_from")
 _SHARED = ("data.", "trainer.", "optimizer.")  # what arms must agree in, unless they say otherwise
 
 
@@ -94,8 +95,10 @@ def check_comparable(study: Study, runs: Iterable[tuple[str, Path]]) -> None:
         if not (path / "config.yaml").is_file():
             continue
         config = flat(yaml.safe_load((path / "config.yaml").read_text()))
-        config = {k: v for k, v in config.items() if k not in ("seed", "data.seed", "run_dir")}
+        config = {k: v for k, v in config.items() if k not in _OF_RUN}
         wrong = _differing(of_arm.setdefault(arm, config), config)
+        if arm not in study.compared:
+            continue
         first = first or config
         said = [word.split("=")[0].lstrip("+~") for word in study.arms[arm]]
         wrong += [k for k in _differing(first, config) if k.startswith(_SHARED) and k not in said]

@@ -47,7 +47,7 @@ def table(study: Study, rows: Sequence[Row], times: Mapping[str, float]) -> str:
     head += ["looks ahead"]
     lines = [_row(head), _row(["---"] * len(head))]
     comparisons = 0
-    for arm in study.arms:
+    for arm in study.compared:
         cells = [study.label(arm) + (" (baseline)" if arm == study.baseline else "")]
         cells.append(f"{len(by_seed(rows, arm, study.headline))}")
         for metric in metrics:
