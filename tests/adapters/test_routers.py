@@ -130,7 +130,7 @@ def test_the_gate_can_start_as_wide_as_a_linear() -> None:
         ({"router_scope": "model"}, "router_scope='model': must be one of"),
         ({"router_init": "zeros"}, "router_init='zeros': must be one of"),
         ({"experts": "core", "router_scope": "block"}, "does not go with experts='core'"),
-        ({"num_heads": 2}, "num_heads are of experts='skills'"),
+        ({"num_heads": 2}, "num_heads is of experts='skills'"),
         ({"core_dropout": True}, "core_dropout is of experts='core'"),
         ({"core_router": False}, "core_router is of experts='core'"),
         ({"dropout_per_expert": True}, "dropout_per_expert is of experts='shared_a'"),

@@ -91,7 +91,8 @@ def test_constant_weights_are_folded_in(omega: str, tmp_path: Path) -> None:
             linear = lora.base_model.model.model.get_submodule(name.replace("s.0", "s."))
             want = linear(x) - linear.base_layer(x)
             assert want.abs().max() > 0.1
-            got = layer.experts(x, weights, RoutingContext(1, 5))
+            codes, up = layer.experts.factors(x, weights, RoutingContext(1, 5))
+            got = layer.experts.scaling * codes @ up.T
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 

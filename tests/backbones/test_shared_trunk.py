@@ -2,26 +2,32 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import BloomConfig, BloomForCausalLM
 
 from routerlab.adapters import MixtureOfLoraConfig
 from routerlab.backbones.pretrained import PretrainedLM
 from routerlab.core.routing import RoutingContext
-from tests.helpers.language_models import save_tiny, tiny_gpt2, tiny_llama, tiny_qwen3
+from tests.helpers.language_models import IDS, VOCAB, save_tiny, tiny_gpt2, tiny_llama, tiny_qwen3
 
 M, B, S = 3, 2, 8
 
 
 @pytest.fixture(params=[tiny_llama, tiny_gpt2, tiny_qwen3], ids=["llama", "gpt2", "qwen3"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> PretrainedLM:
-    save_tiny(tmp_path, request.param(seed=0))
+    return _adapted(tmp_path, request.param(seed=0))
+
+
+def _adapted(folder: Path, base: Any, **changes: Any) -> PretrainedLM:
+    save_tiny(folder, base)
     config = MixtureOfLoraConfig(
-        router="subset_sampling", omega="lora", num_experts=4, layers_to_transform=[1]
+        router="subset_sampling", omega="lora", num_experts=4, layers_to_transform=[1], **changes
     )
-    lm = PretrainedLM(str(tmp_path), tmp_path, config)
+    lm = PretrainedLM(str(folder), folder, config)
     torch.manual_seed(1)
     for name, parameter in lm.named_parameters():
         if "lora_B" in name:
@@ -38,6 +44,20 @@ def _batch() -> tuple[torch.Tensor, RoutingContext]:
 
 
 def test_copies_equal_passes_of_their_own(model: PretrainedLM) -> None:
+    assert model._trunk.fits
+    _check_copies(model)
+
+
+def test_biases_by_head_need_copies_from_the_start(tmp_path: Path) -> None:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4, **IDS}
+    torch.manual_seed(0)
+    bloom = BloomForCausalLM(BloomConfig(**sizes))
+    model = _adapted(tmp_path, bloom, target_modules=["dense_h_to_4h"])
+    assert not model._trunk.fits
+    _check_copies(model)
+
+
+def _check_copies(model: PretrainedLM) -> None:
     ids, context = _batch()
     assert context.valid is not None
     together = model(ids.repeat(M, 1), context).logits

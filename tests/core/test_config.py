@@ -49,6 +49,7 @@ def test_every_experiment_composes() -> None:
         ("loss.router_z.wieght=1", "loss.router_z.wieght", "loss.router_z.weight"),
         ("rooter=token_choice", "rooter", "router"),
         ("experiment=quikstart", "experiment=quikstart", "quickstart"),
+        ("baselines={lora: ['adapter=lora']}", "baselines: ", "+baselines.NAME"),
     ],
 )
 def test_a_wrong_name_is_named_with_the_nearest_right_ones(

@@ -158,8 +158,6 @@ def test_the_last_evaluation_has_other_items(sums: Path) -> None:
     final = held_out(data)
     assert sum(gold for _, gold, *_ in final) == 30
     assert not set(during) & set(final)
-    data.use_final_items(False)
-    assert held_out(data) == during
 
 
 class _Place:
@@ -254,7 +252,7 @@ def test_a_resumed_run_sees_the_rest_of_the_data(sums: Path, tmp_path: Path) -> 
 def test_configs_build(sums: Path) -> None:
     configs = Path(__file__).parents[2] / "configs" / "data"
     found = {path.stem for path in configs.glob("*.yaml") if "_tasks" in path.read_text()}
-    assert found - {"_tasks", "reasoning"} == {"sarcasm", "quartz", "jsonl"}
+    assert found >= {"sarcasm", "quartz", "wiki_topics", "skills", "reasoning", "jsonl"}
     for name in ("sarcasm", "quartz"):
         data = build(compose(f"data={name}").data)
         assert data.task_names == [name]

@@ -47,6 +47,13 @@ def test_each_input_has_its_own_baseline() -> None:
     torch.testing.assert_close(moved, got)
 
 
+@pytest.mark.parametrize("num_samples", [3, 5, 8, 32])
+def test_equal_losses_give_exactly_nothing(num_samples: int) -> None:
+    losses = torch.rand(1, 200).expand(num_samples, -1)
+    assert (losses.mean(0) != losses[0]).any()  # which rounding alone would not give
+    assert not rloo_advantages(losses).any()
+
+
 def test_one_sample_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         rloo_advantages(torch.ones(1, 3))

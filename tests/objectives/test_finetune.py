@@ -187,12 +187,14 @@ def test_sampled_loss(folder: Path) -> None:
     assert found["val/items"] == 3
 
 
-@pytest.mark.parametrize("granularity", ["token", "sequence"])
-def test_all_sample_forms_agree_on_an_adapter(folder: Path, granularity: str) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"granularity": "token"}, {"granularity": "sequence"}, {"train_experts": False}]
+)
+def test_all_sample_forms_agree_on_an_adapter(folder: Path, changes: dict[str, Any]) -> None:
     found = {}
     for form in FORMS:
         model = objective(
-            backbone(folder, remix(granularity=granularity), activation_checkpointing=True),
+            backbone(folder, remix(**changes), activation_checkpointing=True),
             num_samples=3, sample_form=form,
         ).double().train()  # fmt: skip
         torch.manual_seed(1)

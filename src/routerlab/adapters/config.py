@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -17,12 +17,14 @@ from routerlab.routers.build import with_balancer
 PEFT_TYPE = "ROUTERLAB_MIXTURE"
 FORMAT = 1  # of what is saved
 _LIBRARIES = ("torch", "peft", "lightning", "transformers")  # they have no routers
-_FORM_OF = {
+_FORM_OF = {  # knobs of one form of experts
     "dropout_per_expert": "shared_a",
     "core_dropout": "core",
     "core_router": "core",
     "gate_noise": "skills",
     "num_tasks": "skills",
+    "num_heads": "skills",
+    "adapt": "skills",
 }
 FORMS = ("lora", "shared_a", "core", "feed_forward", "skills")
 
@@ -61,6 +63,7 @@ class MixtureOfLoraConfig(PeftConfig):
         core_router: the router of ``core`` reads A x; False: x.
         train_experts: False freezes the experts and trains routers alone.
         experts_from: directories of trained LoRA adapters that the experts start from.
+        absent_experts: experts without weights, by layer, filled in from ``experts_from``.
         num_tasks: rows of the table of ``skills``.
         num_heads: blocks of input and output features that ``skills`` mixes on their own.
         gate_noise: relaxed Bernoulli noise on the gates of ``skills`` in training.
@@ -69,8 +72,10 @@ class MixtureOfLoraConfig(PeftConfig):
             one plain LoRA).
         target_modules: names of modules, as in PEFT; None: the linears of feed-forward networks
             (or these networks, for ``feed_forward``).
+        exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in PEFT.
         plain_modules: linears that get one plain LoRA of rank r beside the mixture.
         base_model: facts of the base model, filled in; another base model is refused.
+        format_version: of what is saved; newer ones than this are refused.
     """
 
     router: Any = "token_choice"
@@ -102,7 +107,7 @@ class MixtureOfLoraConfig(PeftConfig):
     layers_pattern: Any = None
     plain_modules: list[str] | None = None
     modules_to_save: list[str] | None = None
-    base_model: dict[str, Any] | None = field(default=None)
+    base_model: dict[str, Any] | None = None
     format_version: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -169,8 +174,6 @@ class MixtureOfLoraConfig(PeftConfig):
             usual = type(self).__dataclass_fields__[name].default
             if getattr(self, name) != usual and self.experts != form:
                 raise ValueError(f"{name} is of experts={form!r}, not {self.experts!r}")
-        if self.experts != "skills" and (self.adapt or self.num_heads > 1):
-            raise ValueError(f"adapt and num_heads are of experts='skills', not {self.experts!r}")
         if self.adapt and not self.adapt_from and self.base_model is None:
             raise ValueError(
                 f"adapt={self.adapt!r}: adapt_from must name a saved adapter of skills"

@@ -1,4 +1,9 @@
-"""LoRA experts of one linear: stacked factors, mixed without a loop over experts."""
+"""LoRA experts of one linear: stacked factors, mixed without a loop over experts.
+
+`factors` gives the weighted codes of tokens and the matrix that takes them to the output; the layer
+adds their product times s to that of the frozen linear (`add_product`). ``weights`` None: every
+expert counts 1.
+"""
 
 import math
 
@@ -103,15 +108,6 @@ class LoraExperts(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(num_experts, d_out, r))
         self.dropout = Dropout(dropout)
 
-    def forward(
-        self,
-        x: Float[Tensor, "T I"],
-        weights: Float[Tensor, "T E"] | None,
-        context: RoutingContext,
-    ) -> Float[Tensor, "T O"]:
-        """The weighted sum of the experts; ``weights`` None: every expert counts 1."""
-        return self.scaling * F.linear(*self.factors(x, weights, context))
-
     def factors(
         self, x: Tensor, weights: Tensor | None, context: RoutingContext
     ) -> tuple[Float[Tensor, "T R"], Float[Tensor, "O R"]]:
@@ -127,6 +123,10 @@ class LoraExperts(nn.Module):
         with torch.no_grad():
             self.lora_A[index].zero_()[:rank] = a
             self.lora_B[index].zero_()[:, :rank] = b / self.scaling
+
+    def remember(self) -> None:
+        """Keeps the factors as they are now in ``reference``: what training may move away from."""
+        self.reference = {name: p.detach().clone() for name, p in self.named_parameters()}
 
 
 class SharedAExperts(nn.Module):
@@ -153,15 +153,6 @@ class SharedAExperts(nn.Module):
         self.lora_A = nn.Parameter(kaiming_(torch.empty(r, d_in), d_in))
         self.lora_B = nn.Parameter(torch.zeros(num_experts, d_out, r))
         self.dropout = Dropout(dropout)
-
-    def forward(
-        self,
-        x: Float[Tensor, "T I"],
-        weights: Float[Tensor, "T E"] | None,
-        context: RoutingContext,
-    ) -> Float[Tensor, "T O"]:
-        """The weighted sum of the heads."""
-        return self.scaling * F.linear(*self.factors(x, weights, context))
 
     def factors(
         self, x: Tensor, weights: Tensor | None, context: RoutingContext
@@ -209,15 +200,6 @@ class CoreExperts(nn.Module):
         """A x, the code that cores and router read."""
         return F.linear(self.dropout(x, context), self.lora_A)
 
-    def decode(
-        self,
-        codes: Float[Tensor, "T r"],
-        weights: Float[Tensor, "T E"] | None,
-        context: RoutingContext,
-    ) -> Float[Tensor, "T O"]:
-        """s B (sum_i w_i M_i) applied to codes."""
-        return self.scaling * F.linear(self.mix(codes, weights, context), self.lora_B)
-
     def mix(
         self, codes: Tensor, weights: Tensor | None, context: RoutingContext
     ) -> Float[Tensor, "T r"]:
@@ -235,15 +217,6 @@ class CoreExperts(nn.Module):
             outputs = outputs.view(-1, self.num_experts, self.r)
             mixed = (outputs * weights[:, :, None]).sum(1)
         return mixed
-
-    def forward(
-        self,
-        x: Float[Tensor, "T I"],
-        weights: Float[Tensor, "T E"] | None,
-        context: RoutingContext,
-    ) -> Float[Tensor, "T O"]:
-        """The layer's addition to the frozen linear."""
-        return self.decode(self.encode(x, context), weights, context)
 
     def factors(
         self, x: Tensor, weights: Tensor | None, context: RoutingContext

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from routerlab.core.routing import RouterOutput, RoutingContext
+from routerlab.ops.prompt_mean import prompt_mean
 
 
 class RoutingState:
@@ -210,13 +211,5 @@ def with_prompt_embedding(
                 "model has not read (beams that change their number are not supported)"
             )
         return replace(context, sequence_embedding=state.embeddings[name])
-    real = context.prompt if context.prompt is not None else context.valid
-    tokens = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    tokens = tokens.view(context.batch_size, -1, x.shape[-1])
-    if real is None:
-        embedding = tokens.mean(1)
-    else:
-        mask = real.view(context.batch_size, -1, 1)
-        embedding = torch.where(mask, tokens, 0.0).sum(1) / mask.sum(1).clamp(min=1)
-    state.embeddings[name] = embedding
-    return replace(context, sequence_embedding=embedding)
+    state.embeddings[name] = prompt_mean(x.detach(), context)
+    return replace(context, sequence_embedding=state.embeddings[name])

@@ -67,6 +67,9 @@ def import_experts(layers: dict[str, Any], adapter: str, config: MixtureOfLoraCo
             )
         exclude(layers[name].mix_router[adapter], missing, name)
     config.absent_experts = absent
+    for layer in layers.values():
+        if config.train_experts and isinstance(experts := layer.mix_experts[adapter], LoraExperts):
+            experts.remember()
 
 
 def take_over_shape(config: MixtureOfLoraConfig) -> None:
@@ -76,7 +79,8 @@ def take_over_shape(config: MixtureOfLoraConfig) -> None:
     config.r, config.lora_alpha = source["r"], source["lora_alpha"]
     targets = source["target_modules"]
     config.target_modules = targets if isinstance(targets, str) else set(targets)
-    for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "base_model"):
+    kept = ("use_rslora", "exclude_modules", "layers_to_transform", "layers_pattern", "base_model")
+    for name in kept:
         setattr(config, name, source[name])
     config.num_tasks = config.num_tasks or 1
 

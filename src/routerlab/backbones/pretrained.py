@@ -96,7 +96,8 @@ class PretrainedLM(nn.Module):
         """Logits [B keep V] of the last ``logits_to_keep`` positions (0: of all), in the dtype of
         the model, and the record of every routed layer. Padding (``context.valid``) may be on
         either side: real tokens do not attend to it, and positions count real tokens. Blocks of the
-        same sequences (``context.num_replicas``) run once below the first adapted layer.
+        same sequences (``context.num_replicas``) run once below the first adapted layer, if the
+        model's blocks take copies (`SharedTrunk.fits`).
         """
         batch_size, length = input_ids.shape
         if length > self.max_positions:
@@ -116,11 +117,12 @@ class PretrainedLM(nn.Module):
         options = {name: value for name, value in options.items() if name in self._takes}
         if self._state is not None:
             self._state.context = replace(context, token_ids=input_ids.reshape(-1))
-        once = batch_size // context.num_replicas
+        copies = context.num_replicas if self._trunk.fits else 1
+        once = batch_size // copies
         for name in ("attention_mask", "position_ids"):
             if name in options:
                 options[name] = options[name][:once]
-        with self._trunk.copies(context.num_replicas, once):
+        with self._trunk.copies(copies, once):
             logits = self.model(input_ids=input_ids[:once], **options).logits
         records = {} if self._state is None else dict(self._state.records)
         return BackboneOutput(logits[:, -logits_to_keep:], records)

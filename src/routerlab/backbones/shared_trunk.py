@@ -1,11 +1,14 @@
 """Layers below the first adapted one see every sample of a policy alike: they run once for all."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+_OF_HEADS = {"alibi", "position_bias"}  # what blocks are given, not by sequence but by head
 
 
 class SharedTrunk:
@@ -14,11 +17,16 @@ class SharedTrunk:
     Below that layer all is frozen and nothing is drawn, so the copies are equal: the result is that
     of M copies from the start, at the cost of one below. The layers are those of the `ModuleList`
     that holds the adapters (decoder blocks). A plain object: its hooks register nothing.
+
+    ``fits`` is False for models whose blocks are given biases of attention heads (Bloom, MPT),
+    which have no row a sequence: those need their M copies from the start.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.replicas, self.batch_size = 1, 0
-        for layer in _adapted_blocks(model):
+        blocks = _adapted_blocks(model)
+        self.fits = not any(_OF_HEADS & _arguments(block) for block in blocks)
+        for layer in blocks:
             layer.register_forward_pre_hook(self._repeat, with_kwargs=True)
 
     @contextmanager
@@ -57,3 +65,8 @@ def _adapted_blocks(model: nn.Module) -> list[nn.Module]:
             if any(held):
                 return list(module[held.index(True) :])
     return []
+
+
+def _arguments(block: nn.Module) -> set[str]:
+    """The names of what a block takes."""
+    return set(inspect.signature(block.forward).parameters)

@@ -70,11 +70,10 @@ class AdapterRow:
 
 @dataclass(frozen=True, slots=True)
 class AdaptersFound:
-    """The rows of a run, the sizes, and the milliseconds of a soft mixture's step."""
+    """The rows of a run, and the sizes."""
 
     sizes: str
     rows: list[AdapterRow]
-    soft_milliseconds: float
 
 
 def sample_goal(form: str, num_samples: int) -> float | None:
@@ -98,8 +97,8 @@ def bench_adapters(
     with random_base(sizes) as base:
         cell = _Cell(sizes, base, settings, progress)
         rows = [cell.method(name) for name in names]
-        more, soft = cell.samples(num_samples)
-    return AdaptersFound(str(sizes), [*rows, *more], soft)
+        rows += cell.samples(num_samples)
+    return AdaptersFound(str(sizes), rows)
 
 
 class _Cell:
@@ -129,9 +128,9 @@ class _Cell:
         row = AdapterRow("method", name, goal, picks=picks, lora_rank=rank).timed(timed[name])
         return self._with_memory(row, contestant, self._peak(lora))
 
-    def samples(self, numbers: Sequence[int]) -> tuple[list[AdapterRow], float]:
-        """The rows of ReMix's forms and of its evaluation, and the milliseconds of a step of the
-        soft mixture without its loss, which they take turns with.
+    def samples(self, numbers: Sequence[int]) -> list[AdapterRow]:
+        """The rows of the soft mixture without its loss, and of ReMix's forms and its evaluation,
+        which take turns with it.
         """
         soft = build_method(SOFT, self.sizes, self.base, self.batches, losses=False)
         rows: dict[str, AdapterRow] = {}
@@ -151,7 +150,7 @@ class _Cell:
         for name, row in rows.items():
             self.progress(f"{name}: memory")
             done.append(self._with_memory(row.timed(timed[name]), found[name], peak))
-        return [*done, self._evaluation(soft)], milliseconds
+        return [*done, self._evaluation(soft)]
 
     def _evaluation(self, soft: Contestant) -> AdapterRow:
         self.progress("evaluation")

@@ -19,7 +19,7 @@ COMMANDS = {
         "routerlab.cli.audit_loss",
         "what other frameworks' balancing losses say of a routing",
     ),
-    "bench": ("routerlab.bench.command", "measure the MoE layer, or every router against it"),
+    "bench": ("routerlab.bench.command", "measure the MoE layer, routers or adapters"),
     "doctor": ("routerlab.cli.doctor", "look at this machine and run a self-test"),
 }
 

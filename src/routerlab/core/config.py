@@ -101,6 +101,8 @@ def explain(error: Exception, overrides: Sequence[str]) -> str | None:
     key = wrong[1] or wrong[2]
     last = key.rsplit(".", 1)[-1]
     keys = _known_keys(overrides)
+    if key in keys and "append to your config" in str(error):  # a mapping without that name
+        return f"{key}: takes new names only as +{key}.NAME=VALUE"
     close = [k for k in keys if k.rsplit(".", 1)[-1] == last and k != key]
     hint = f"did you mean {' or '.join(map(repr, close[:3]))}?" if close else nearest(key, keys)
     if hint.startswith("available"):

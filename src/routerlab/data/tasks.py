@@ -21,9 +21,7 @@ from routerlab.data.task_batches import (
 )
 from routerlab.data.task_items import SPLITS, TaskItem, digest, split_items
 from routerlab.data.task_sources import Spec, read_items, task_source
-from routerlab.data.text import StepBatchSampler
-
-__all__ = ["TaskDataModule", "TaskItem"]
+from routerlab.data.text import StepBatchSampler, place
 
 TRAIN_MULTIPLE = 8  # columns of a training batch: few shapes, whole tiles
 
@@ -143,9 +141,9 @@ class TaskDataModule(pl.LightningDataModule):
             self._splits = split_items(items, **self._sizes)
         self._encoded = {split: self._encode(tasks) for split, tasks in self._splits.items()}
 
-    def use_final_items(self, final: bool = True) -> None:
-        """From now on the held-out items are those of the last evaluation (False: no longer)."""
-        self._final = final
+    def use_final_items(self) -> None:
+        """From now on the held-out items are those of the last evaluation."""
+        self._final = True
 
     def items(self, split: str) -> dict[str, list[TaskItem]]:
         """Returns the items of "train", "val" or "test" by task; RuntimeError before `setup`."""
@@ -172,7 +170,7 @@ class TaskDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Returns an endless loader that goes on where the trainer's step count stands."""
-        rank, world_size = self._place()
+        rank, world_size = place(self)
         step = 0 if self.trainer is None else self.trainer.global_step
         items = ItemDataset(self._encoded["train"])
         sampler = StepBatchSampler(len(items), self.batch_size, self.seed, rank, world_size, step)
@@ -190,7 +188,7 @@ class TaskDataModule(pl.LightningDataModule):
 
         Items are sorted by length, so that little of a batch is padding.
         """
-        rank, world_size = self._place()
+        rank, world_size = place(self)
         held_out = sorted(self._held_out(), key=lambda item: item.length)
         batches: DataLoader[Any] = DataLoader(
             ItemDataset(held_out[rank::world_size]),
@@ -217,12 +215,6 @@ class TaskDataModule(pl.LightningDataModule):
             for number, (name, items) in enumerate(tasks.items())
             for item in encode_items(items, name, number, self._tokenizer, *limits)
         ]
-
-    def _place(self) -> tuple[int, int]:
-        """Returns (rank, number of processes)."""
-        if self.trainer is None:
-            return 0, 1
-        return self.trainer.global_rank, self.trainer.world_size
 
 
 def _checked_names(tasks: Mapping[str, Spec]) -> list[str]:

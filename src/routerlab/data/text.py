@@ -212,7 +212,7 @@ class TextDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Returns an endless loader that goes on where the trainer's step count stands."""
-        rank, world_size = self._place()
+        rank, world_size = place(self)
         step = 0
         if self.trainer is not None:
             step = self.trainer.global_step
@@ -223,16 +223,17 @@ class TextDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Returns this process's share of the held-out windows: each window in exactly one."""
-        rank, world_size = self._place()
+        rank, world_size = place(self)
         share = Subset(self._val, self._val_indices[rank::world_size])
         size = -(-self.val_batch_size // world_size)
         return DataLoader(share, batch_size=size, num_workers=self.num_workers)
 
-    def _place(self) -> tuple[int, int]:
-        """Returns (rank, number of processes)."""
-        if self.trainer is None:
-            return 0, 1
-        return self.trainer.global_rank, self.trainer.world_size
+
+def place(data: pl.LightningDataModule) -> tuple[int, int]:
+    """Returns (rank, number of processes) of the trainer that uses `data`."""
+    if data.trainer is None:
+        return 0, 1
+    return data.trainer.global_rank, data.trainer.world_size
 
 
 def _at_least(field: str, value: int, least: int) -> None:

@@ -17,6 +17,7 @@ def rloo_advantages(losses: Float[Tensor, "M *rest"]) -> Float[Tensor, "M *rest"
             f"losses of {num_samples} sample: a leave-one-out baseline needs at least 2"
         )
     losses = losses.detach()
+    losses = losses - losses[:1]  # a mean of equal numbers can round apart from them
     return (losses - losses.mean(0)) / (num_samples - 1)
 
 

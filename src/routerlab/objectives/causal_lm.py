@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from routerlab.objectives.lookahead import refuse_lookahead
-from routerlab.objectives.routed import Batch, RoutedObjective
+from routerlab.objectives.routed import RoutedObjective
+from routerlab.objectives.step import Batch
 from routerlab.objectives.validation import BitsPerByte
 
 

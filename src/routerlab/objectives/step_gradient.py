@@ -120,8 +120,9 @@ class StepGradient(pl.LightningModule):
             if not one.learns:
                 torch.clear_autocast_cache()  # its casts were made without gradients
             elif one is not piece[-1]:
-                with self._sync(last=False):
-                    self._backward(one.task_weight * loss.sum() / num_targets * world_size())
+                if loss.requires_grad:  # not where routers alone learn
+                    with self._sync(last=False):
+                        self._backward(one.task_weight * loss.sum() / num_targets * world_size())
                 loss = loss.detach()
             losses.append(loss)
             records.append(out.router_outputs)

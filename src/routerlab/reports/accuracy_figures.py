@@ -10,6 +10,7 @@ from routerlab.reports.figures import (
     BASELINE_STYLES,
     BLUE,
     COLORS,
+    DOTS,
     VERMILLION,
     bin_means,
     escape_label,
@@ -21,7 +22,6 @@ from routerlab.reports.figures import (
 )
 from routerlab.reports.run_files import Curve, curve
 
-DOTS = {"mode": "lines+markers", "marker": {"size": 7, "symbol": "diamond"}}
 POLICY_PANELS = {
     "policy/grad_variance": "Variance of the gradient",
     "policy/snr": "Signal to noise of the gradient",

@@ -19,6 +19,7 @@ COLORS = (BLUE, VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, GRID = "#1f2937", "#e5e7eb"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 BASELINE_STYLES = (("dot", "#8b93a1"), ("dash", "#6b7280"), ("dashdot", "#374151"))
+DOTS = {"mode": "lines+markers", "marker": {"size": 7, "symbol": "diamond"}}  # of validations
 
 MAX_POINTS = 1500
 MAX_BINS = 300
@@ -59,8 +60,7 @@ def loss_figure(metrics: pd.DataFrame, baselines: dict[str, float]) -> go.Figure
         fig.add_trace(line(keep_extremes(train), "train, logged steps", BLUE, 1, opacity=0.4))
         fig.add_trace(line(keep_extremes(running_mean(train)), "train, running mean", BLUE, 2.5))
     if val:
-        dots = {"mode": "lines+markers", "marker": {"size": 7, "symbol": "diamond"}}
-        fig.add_trace(line(val, "validation", VERMILLION, 1.5, **dots))
+        fig.add_trace(line(val, "validation", VERMILLION, 1.5, **DOTS))
     steps = np.concatenate([train.steps, val.steps])
     ends = np.array([steps.min(), steps.max()])
     levels = sorted(baselines.items(), key=lambda item: -item[1]) if in_bits else []

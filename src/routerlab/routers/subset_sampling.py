@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from routerlab.core.checks import choice, within
 from routerlab.core.routing import RouterOutput, RoutingContext
 from routerlab.ops.plackett_luce import ordered_log_prob, sample_ordered
+from routerlab.ops.prompt_mean import prompt_mean
 from routerlab.routers.gate import Gate, full_precision
 
 
@@ -107,19 +108,10 @@ def _draw(logits: Tensor, top_k: int, context: RoutingContext) -> Tensor:
 
 
 def _sequences(x: Tensor, context: RoutingContext | None) -> Tensor:
-    """[B, D]: what stands for each sequence; 0 for one without a token to read."""
+    """[B, D]: what stands for each sequence."""
     if context is not None and context.sequence_embedding is not None:
         return context.sequence_embedding.detach()
-    num_sequences = 1 if context is None else context.batch_size
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x = x.to(dtype).view(num_sequences, -1, x.shape[1])
-    read = None if context is None else context.valid
-    if context is not None and context.prompt is not None:
-        read = context.prompt if read is None else read & context.prompt
-    if read is None:
-        return x.mean(1)
-    read = read.view(num_sequences, -1, 1)
-    return torch.where(read, x, 0.0).sum(1) / read.sum(1).clamp(min=1)
+    return prompt_mean(x, context)
 
 
 def _at_start(of_sequence: Tensor, length: int, valid: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,16 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 
 def evaluate_base(cfg: DictConfig, run: RunDirectory, data: Any, objective: Any) -> None:
-    """The last evaluation of the run ``cfg``, before its first step, to ``base.json``: a fresh
-    adapter changes nothing, so this is the base model. A resumed run has it already.
+    """The last evaluation of the run ``cfg``, before its first step, to ``base.json``. An adapter
+    is off: one that starts from trained experts is not the base model. A resumed run has the file.
     """
     if run.read_json("base.json") is not None:
         return
     held_out = copy.copy(data)  # training goes on with the items of its own validations
     assemble.use_final(held_out)
     trainer = assemble.build_trainer(cfg, run.path, [], [])
-    trainer.validate(objective, datamodule=held_out, verbose=False)
+    adapted = getattr(objective.backbone, "model", None)
+    with getattr(adapted, "disable_adapter", nullcontext)():
+        trainer.validate(objective, datamodule=held_out, verbose=False)
     if trainer.is_global_zero:
         run.write_json("base.json", objective.validation_result[0])

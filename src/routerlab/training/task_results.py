@@ -10,7 +10,8 @@ from routerlab.training import baselines
 from routerlab.training.run_directory import RunDirectory
 
 _BY_TASK = "val/accuracy/"
-_NUMBERS = ("loss", "sampled_loss", "accuracy", "accuracy_low", "accuracy_high", "items")
+_INTERVAL = ("accuracy", "accuracy_low", "accuracy_high")
+_NUMBERS = ("loss", "sampled_loss", *_INTERVAL, "items")
 
 
 def accuracies(scalars: dict[str, float]) -> dict[str, Any]:
@@ -22,10 +23,8 @@ def accuracies(scalars: dict[str, float]) -> dict[str, Any]:
 
 def _of_task(task: str, scalars: dict[str, float]) -> dict[str, float]:
     accuracy, items = scalars[f"{_BY_TASK}{task}"], scalars[f"val/items/{task}"]
-    low, high = wilson_interval(accuracy * items, items)
-    return {
-        "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "items": items,
-    }  # fmt: skip
+    ends = wilson_interval(accuracy * items, items)
+    return dict(zip(_INTERVAL, (accuracy, *ends), strict=True)) | {"items": items}
 
 
 def task_results(run: RunDirectory, scalars: dict[str, float]) -> dict[str, Any]:
@@ -44,20 +43,15 @@ def task_results(run: RunDirectory, scalars: dict[str, float]) -> dict[str, Any]
     }
 
 
-def interval(value: dict[str, Any], digits: int = 1) -> str:
+def interval(value: dict[str, Any]) -> str:
     """``83.1 % (80.2 to 85.7)``: an accuracy with its 95 % interval."""
-    low, high = value.get("accuracy_low"), value.get("accuracy_high")
-    text = f"{100 * value['accuracy']:.{digits}f} %"
-    if low is None or high is None:
-        return text
-    return f"{text} ({100 * low:.{digits}f} to {100 * high:.{digits}f})"
+    accuracy, low, high = (100 * value[name] for name in _INTERVAL)
+    return f"{accuracy:.1f} % ({low:.1f} to {high:.1f})"
 
 
 def print_accuracies(summary: dict[str, Any], console: Console) -> None:
     """Prints a row for the base model, each baseline and this run."""
-    items = summary["val"].get("items")
-    count = f" on {items:,.0f} items" if items else ""
-    title = f"held-out accuracy{count} (95 % interval)"
+    title = f"held-out accuracy on {summary['val']['items']:,.0f} items (95 % interval)"
     table = Table("", title=title, title_justify="left")
     for name in ("accuracy", "loss", "trainable"):
         table.add_column(name, justify="right", no_wrap=True)
