@@ -36,6 +36,13 @@ def test_items_by_hand() -> None:
     assert first.tolist() == [0, 2, 4, 6, 8, 9]
 
 
+def test_a_model_that_says_nan_is_never_right() -> None:
+    nan, yes = torch.full((2,), torch.nan), torch.tensor([True, True])
+    item, chooses = torch.tensor([0, 1]), torch.tensor([True, False])
+    right, _ = right_items(nan, yes, item, yes, chooses)
+    assert right.tolist() == [False, False]
+
+
 def test_exact_matches_by_hand() -> None:
     logits = torch.eye(4)[torch.tensor([[1, 2], [3, 3], [0, 1]])]
     labels = torch.tensor([[-100, 1, 2], [-100, 3, 0], [-100, -100, 1]])

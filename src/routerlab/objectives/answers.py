@@ -99,7 +99,8 @@ def right_items(
     first = none.scatter_reduce(0, item, rows, "amin")
     of_best = torch.where(scores == best[item], rows, len(rows))
     picked = none.scatter_reduce(0, item, of_best, "amin")
-    return gold[picked] & (chooses[picked] | matches[picked]), first
+    known = scores[picked] > -torch.inf  # a model that says nan is not right by chance
+    return gold[picked] & known & (chooses[picked] | matches[picked]), first
 
 
 def wilson_interval(right: int | float, items: int | float) -> tuple[float, float]:

@@ -167,7 +167,10 @@ def check_batch(cfg: DictConfig, world_size: int) -> None:
     size, pieces = cfg.data.batch_size, cfg.objective.micro_batches
     if size % world_size:
         raise ConfigError(f"data.batch_size={size}: not a multiple of the {world_size} processes")
-    for key in ("max_val_windows", "final_val_windows", "max_val_items", "final_val_items"):
+    for key in (
+        "max_val_windows", "final_val_windows", "max_val_items", "final_val_items", "val_items",
+        "test_items",
+    ):  # fmt: skip
         if (held_out := cfg.data.get(key)) is not None and held_out < world_size:
             raise ConfigError(f"data.{key}={held_out}: must be at least the {world_size} processes")
     if pieces > size // world_size:
