@@ -186,7 +186,7 @@ def test_the_table_has_80_columns():
     row = AdapterRow("samples", "replicated M=8", 8.4, picks=2.0, lora_rank=128, trainable=10)
     row = row.timed(Ratio(12.34, 11.11, 13.33, 1234.5, 3, 2))
     console = Console(width=80, record=True, file=StringIO())
-    console.print(adapters_table(AdaptersFound("sizes", [row], 1.0)))
+    console.print(adapters_table(AdaptersFound("sizes", [row])))
     text = console.export_text()
     assert "replicated M=8" in text
     assert "…" not in text
