@@ -216,7 +216,11 @@ class MixtureOfLoraConfig(PeftConfig):
         for name, value in knobs.items():
             if value is not None:
                 if name not in accepted:
-                    raise ValueError(f"{name}={value!r}: {target.__name__} has no such knob")
+                    also = "" if self.omega is None else ", and omega"
+                    raise ValueError(
+                        f"{name}={value!r}: {target.__name__} has no such knob; with this router "
+                        f"{name}{also} must be null"
+                    )
                 spec[name] = value
         if self.omega is not None:
             if "weight" not in accepted or "top_k" not in accepted:
