@@ -22,7 +22,10 @@ def draw(study: Study, rows: Sequence[Row], output: Path, to: Path) -> None:
     done = [row for row in rows if row["state"] == "done"]
     panels = [m for m in study.panels if any(m in row for row in done)]
     arms = [arm for arm in study.compared if by_seed(done, arm, panels[0])]
-    arms.sort(key=lambda arm: interval(list(by_seed(done, arm, panels[0]).values())).mean)
+    arms.sort(
+        key=lambda arm: interval(list(by_seed(done, arm, panels[0]).values())).mean,
+        reverse=panels[0] == "accuracy",
+    )
     count = len(panels) + (study.curve is not None)
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
@@ -92,13 +95,15 @@ def _curve(axis: Any, study: Study, rows: Sequence[Row], arms: Sequence[str], ou
             for row in read_metrics(study.run_path(output, arm, seed)):
                 if column in row:
                     by_step.setdefault(row["step"], []).append(row[column])
+        if not by_step:  # an arm without routers
+            continue
         steps = sorted(by_step)
         color = colors(index)
         means = [sum(by_step[s]) / len(by_step[s]) for s in steps]
         axis.plot(steps, means, color=color, linewidth=1.1, label=study.label(arm))
         low, high = [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps]
         axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-    if not axis.lines or not len(axis.lines[0].get_xdata()):
+    if not axis.lines:
         raise ValueError(f"{study.name}: no run logged {column!r}, the figure's curve")
     if axis.lines[0].get_xdata()[0] <= 0.05 * axis.lines[0].get_xdata()[-1]:  # the start matters
         axis.set_xscale("log")
