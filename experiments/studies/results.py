@@ -101,7 +101,12 @@ def check_comparable(study: Study, runs: Iterable[tuple[str, Path]]) -> None:
             continue
         first = first or config
         said = [word.split("=")[0].lstrip("+~") for word in study.arms[arm]]
-        wrong += [k for k in _differing(first, config) if k.startswith(_SHARED) and k not in said]
+        wrong += [
+            key
+            for key in _differing(first, config)
+            if key.startswith(_SHARED)
+            and not any(key == word or key.startswith(f"{word}.") for word in said)
+        ]
         if wrong:
             raise ValueError(
                 f"{path} cannot be compared with the other runs: it differs in {', '.join(wrong)}"
