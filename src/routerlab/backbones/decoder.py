@@ -3,18 +3,19 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from routerlab.core.checks import within
 from routerlab.core.protocols import Experts, Router
 from routerlab.core.routing import RouterOutput, RoutingContext
 from routerlab.experts.swiglu import SwiGLU
-from routerlab.moe.layer import MoE
+from routerlab.moe.layer import DenseSwiGLU, MoE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,10 +27,10 @@ class BackboneOutput:
 
 
 class Decoder(nn.Module):
-    """Pre-norm decoder: RMSNorm, rotary positions (half-split), grouped-query attention and one
-    MoE a layer. Module names and weight layouts are those of transformers' MoE classes (``mlp`` is
-    called ``moe``), so that import and export are renaming. Attention is causal and knows of no
-    padding: where there is any (``context.valid``), it must be on the right.
+    """Pre-norm decoder: RMSNorm, rotary positions (half-split), grouped-query attention, and a MoE
+    or a dense feed-forward network in each layer. Module names and weight layouts are those of
+    transformers' MoE classes (``mlp`` is called ``moe`` where it is one), so that import and export
+    are renaming. Attention is causal; real tokens do not attend to padding (``context.valid``).
 
     Args:
         router: a callable ``(d_model=, num_experts=) -> Router``, called once a layer.
@@ -39,9 +40,12 @@ class Decoder(nn.Module):
         num_layers: L.
         num_heads, num_kv_heads: query heads, and key-value heads, which must divide them.
         d_ff: F, hidden width of one expert.
-        num_experts: E, routed experts: of every layer, or a list with one number a layer.
-        num_shared_experts: always-on experts of a layer.
+        num_experts: E, routed experts: of every layer, or a list with one number a layer, 0 where
+            the layer is dense.
+        num_shared_experts: always-on experts of a MoE layer.
         max_positions: longest sequence.
+        dense_d_ff: hidden width of dense layers; null: ``d_ff``.
+        head_dim: width of a head; null: D / H.
         qk_norm: RMSNorm on each head's queries and keys.
         tie_embeddings: the output head is the embedding.
         rope_theta, rms_norm_eps: as in transformers.
@@ -66,6 +70,8 @@ class Decoder(nn.Module):
         num_experts: int | list[int],
         max_positions: int,
         num_shared_experts: int = 0,
+        dense_d_ff: int | None = None,
+        head_dim: int | None = None,
         qk_norm: bool = False,
         tie_embeddings: bool = False,
         rope_theta: float = 10_000.0,
@@ -80,18 +86,24 @@ class Decoder(nn.Module):
                 raise ValueError(f"{name}={value}: must be at least 1")
         if rms_norm_eps <= 0 or rope_theta <= 0:
             raise ValueError(f"{rms_norm_eps=}, {rope_theta=}: must be above 0")
-        _check_widths(d_model, num_heads, num_kv_heads)
+        head_dim = _head_width(d_model, num_heads, num_kv_heads, head_dim)
+        dense_d_ff = d_ff if dense_d_ff is None else dense_d_ff
+        if dense_d_ff < 1:
+            raise ValueError(f"dense_d_ff={dense_d_ff}: must be at least 1")
         experts_of = [num_experts] * num_layers if isinstance(num_experts, int) else num_experts
-        if len(experts_of) != num_layers:
-            raise ValueError(f"num_experts={num_experts}: one number for each of {num_layers=}")
+        if len(experts_of) != num_layers or not any(experts_of):
+            raise ValueError(
+                f"num_experts={num_experts}: one number for each of {num_layers=}, not all 0"
+            )
         self.vocab_size, self.max_positions = vocab_size, max_positions
         self.activation_checkpointing = activation_checkpointing
-        head_dim = d_model // num_heads
         self.embed_tokens = nn.Embedding(vocab_size, d_model)
         self.layers = nn.ModuleList(
             Block(
-                Attention(d_model, num_heads, num_kv_heads, qk_norm, rms_norm_eps),
-                MoE(d_model, d_ff, count, router, experts, num_shared_experts, dispatch),
+                Attention(d_model, num_heads, num_kv_heads, head_dim, qk_norm, rms_norm_eps),
+                MoE(d_model, d_ff, count, router, experts, num_shared_experts, dispatch)
+                if count
+                else DenseSwiGLU(d_model, dense_d_ff),
                 d_model,
                 rms_norm_eps,
             )
@@ -109,39 +121,50 @@ class Decoder(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         digits = max(2, len(str(num_layers - 1)))  # zero-padded: sorting by name is by depth
-        self.layer_names = [f"layers.{i:0{digits}d}.moe" for i in range(num_layers)]
+        names = [f"layers.{i:0{digits}d}.moe" for i in range(num_layers)]
+        self._names = [
+            name if count else None for name, count in zip(names, experts_of, strict=True)
+        ]
+        self.layer_names = [name for name in self._names if name is not None]
 
     def forward(
-        self, input_ids: Int[Tensor, "B S"], context: RoutingContext | None = None
+        self,
+        input_ids: Int[Tensor, "B S"],
+        context: RoutingContext | None = None,
+        logits_to_keep: int = 0,
     ) -> BackboneOutput:
-        """Next-token logits, and the record of every layer."""
+        """Next-token logits of the last ``logits_to_keep`` positions (0: of all), and the record of
+        every MoE layer.
+        """
         batch_size, length = input_ids.shape
         if length > self.max_positions:
             raise ValueError(
                 f"sequence of {length} tokens: longer than max_positions={self.max_positions}"
             )
+        within("logits_to_keep", logits_to_keep, 0, length)
         if context is None:
             context = RoutingContext(batch_size, length)
         context = replace(context, token_ids=input_ids.reshape(-1))
+        mask = padding_mask(context)
         x = self.embed_tokens(input_ids)
         rotary = (self.cos[:length], self.sin[:length])
         router_outputs: dict[str, RouterOutput] = {}
-        for index, (name, block) in enumerate(zip(self.layer_names, self.layers, strict=True)):
-            args = (x, rotary, context.at_layer(index))
+        for index, (name, block) in enumerate(zip(self._names, self.layers, strict=True)):
+            args = (x, rotary, context.at_layer(index), mask)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # Sampling routers draw from context.seed, so no generator state is to be kept.
-                x, router_outputs[name] = checkpoint(
-                    block, *args, use_reentrant=False, preserve_rng_state=False
-                )
+                x, output = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, router_outputs[name] = block(*args)
-        return BackboneOutput(self.lm_head(self.norm(x)), router_outputs)
+                x, output = block(*args)
+            if name is not None:
+                router_outputs[name] = output
+        return BackboneOutput(self.lm_head(self.norm(x[:, -logits_to_keep:])), router_outputs)
 
     @property
     def moe_layers(self) -> dict[str, Any]:
-        """The MoE of each layer, by the name that its record has."""
-        blocks = zip(self.layer_names, self.layers, strict=True)
-        return {name: block.moe for name, block in blocks}
+        """The MoE of each layer that has one, by the name of its record."""
+        blocks: Any = zip(self._names, self.layers, strict=True)
+        return {name: block.moe for name, block in blocks if name is not None}
 
     def count_parameters(self) -> dict[str, int]:
         """``total`` parameters, and those ``active`` for one token: K of E experts a layer, or all
@@ -150,8 +173,7 @@ class Decoder(nn.Module):
         """
         total = sum(p.numel() for p in self.parameters())
         idle = 0.0
-        for block in self.layers:
-            moe: Any = block.moe
+        for moe in self.moe_layers.values():
             num_experts = moe.experts.num_experts
             picked = getattr(moe.router, "top_k", num_experts)
             idle += sum(p.numel() for p in moe.experts.parameters()) * (1 - picked / num_experts)
@@ -160,21 +182,34 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MoE, each on normalised input and added to the residual stream."""
+    """Attention and MoE, or a dense network, each on normalised input and added to the residual
+    stream.
+    """
 
-    def __init__(self, attention: "Attention", moe: MoE, d_model: int, eps: float) -> None:
+    def __init__(
+        self, attention: "Attention", network: MoE | DenseSwiGLU, d_model: int, eps: float
+    ) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(d_model, eps=eps)
         self.self_attn = attention
         self.post_attention_layernorm = nn.RMSNorm(d_model, eps=eps)
-        self.moe = moe
+        self.moe = network if isinstance(network, MoE) else None
+        self.mlp = network if isinstance(network, DenseSwiGLU) else None
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], context: RoutingContext
-    ) -> tuple[Tensor, RouterOutput]:
-        """The residual stream after this block, and the record of its router."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary)
-        y, output = self.moe(self.post_attention_layernorm(x), context)
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        context: RoutingContext,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, RouterOutput | None]:
+        """The residual stream after this block, and the record of its router if it has one."""
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask)
+        normalized, output = self.post_attention_layernorm(x), None
+        if self.moe is not None:
+            y, output = self.moe(normalized, context)
+        else:
+            y = cast(DenseSwiGLU, self.mlp)(normalized)
         return x + y, output
 
 
@@ -182,31 +217,58 @@ class Attention(nn.Module):
     """Causal grouped-query attention (Ainslie et al., arXiv 2305.13245) with rotary positions."""
 
     def __init__(
-        self, d_model: int, num_heads: int, num_kv_heads: int, qk_norm: bool, eps: float
+        self,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        qk_norm: bool,
+        eps: float,
     ) -> None:
         super().__init__()
-        self.head_dim = d_model // num_heads
+        self.head_dim = head_dim
         self.gqa = num_kv_heads < num_heads
-        kv_width = num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(d_model, d_model, bias=False)
+        width, kv_width = num_heads * head_dim, num_kv_heads * head_dim
+        self.q_proj = nn.Linear(d_model, width, bias=False)
         self.k_proj = nn.Linear(d_model, kv_width, bias=False)
         self.v_proj = nn.Linear(d_model, kv_width, bias=False)
-        self.o_proj = nn.Linear(d_model, d_model, bias=False)
+        self.o_proj = nn.Linear(width, d_model, bias=False)
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
-            nn.init.normal_(linear.weight, std=d_model**-0.5)
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=eps) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, eps=eps) if qk_norm else nn.Identity()
 
     def forward(
-        self, x: Float[Tensor, "B S D"], rotary: tuple[Tensor, Tensor]
+        self,
+        x: Float[Tensor, "B S D"],
+        rotary: tuple[Tensor, Tensor],
+        mask: Bool[Tensor, "B 1 S S"] | None = None,
     ) -> Float[Tensor, "B S D"]:
-        """Each token's mixture of itself and the tokens before it."""
+        """Each token's mixture of itself and the tokens before it, or of those that its row of
+        ``mask`` allows.
+        """
         shape = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2), *rotary)
         k = rotate(self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2), *rotary)
         v = self.v_proj(x).view(shape).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.gqa)
-        return self.o_proj(y.transpose(1, 2).reshape(x.shape))
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.gqa
+        )
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def padding_mask(context: RoutingContext) -> Bool[Tensor, "B 1 S S"] | None:
+    """What each token may attend to where padding comes before real tokens; None where being causal
+    is enough. Padding attends to itself, so that no row is empty.
+    """
+    if context.valid is None:
+        return None
+    valid = context.valid.view(context.batch_size, -1)
+    if not bool((valid[:, 1:] & ~valid[:, :-1]).any()):
+        return None
+    length = valid.shape[1]
+    square = torch.ones(length, length, dtype=torch.bool, device=valid.device)
+    return ((square.tril() & valid[:, None]) | torch.diag(square[0]))[:, None]
 
 
 def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -225,16 +287,16 @@ def rotate(
     return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
 
 
-def _check_widths(d_model: int, num_heads: int, num_kv_heads: int) -> None:
-    if num_heads < 1 or d_model % num_heads:
+def _head_width(d_model: int, num_heads: int, num_kv_heads: int, head_dim: int | None) -> int:
+    if num_heads < 1 or (head_dim is None and d_model % num_heads):
         raise ValueError(f"d_model={d_model}: must be a multiple of num_heads={num_heads}")
-    if (d_model // num_heads) % 2:
-        raise ValueError(
-            f"d_model={d_model} / num_heads={num_heads}: heads must have an even width for "
-            "rotary positions"
-        )
+    width = d_model // num_heads if head_dim is None else head_dim
+    if width % 2 or width < 2:
+        what = f"d_model={d_model} / num_heads={num_heads}" if head_dim is None else f"{head_dim=}"
+        raise ValueError(f"{what}: heads must have an even width for rotary positions")
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads={num_kv_heads}: must divide num_heads={num_heads}")
+    return width
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from routerlab.backbones.base_models import load_base
 from routerlab.backbones.decoder import BackboneOutput
+from routerlab.backbones.frozen import keep_in_state
 from routerlab.backbones.shared_trunk import SharedTrunk
 from routerlab.core.checks import choice, within
 from routerlab.core.routing import RoutingContext
@@ -83,9 +84,7 @@ class PretrainedLM(nn.Module):
             # What transformers switches on here is for reentrant checkpointing. Without it no
             # gradient goes below the first adapted layer.
             base.disable_input_require_grads()
-        self._kept = frozenset(adapter_keys(self))
-        self.register_state_dict_post_hook(_drop_frozen)
-        self.register_load_state_dict_pre_hook(_fill_in_frozen)
+        keep_in_state(self, adapter_keys(self))
 
     def forward(
         self,
@@ -175,27 +174,3 @@ def _adapted(base: Any, adapter: PeftConfig) -> PeftModel:
     with warnings.catch_warnings():  # PEFT reads a property that transformers 5.23 renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(base, config)
-
-
-def _drop_frozen(module: Any, state: Any, prefix: str, metadata: Any) -> None:
-    for key in list(state):
-        if key.startswith(prefix) and key.removeprefix(prefix) not in module._kept:
-            del state[key]
-
-
-def _fill_in_frozen(
-    module: Any,
-    state: Any,
-    prefix: str,
-    metadata: Any,
-    strict: bool,
-    missing: list[str],
-    unexpected: list[str],
-    errors: list[str],
-) -> None:
-    """Tells torch that the frozen weights load as they are, and reports any that came along."""
-    for key, own in module.model.state_dict(prefix=f"{prefix}model.", keep_vars=True).items():
-        if key.removeprefix(prefix) not in module._kept:
-            if key in state:
-                unexpected.append(key)
-            state[key] = own

@@ -127,6 +127,22 @@ class AuxLoss(Protocol):
 
 
 @runtime_checkable
+class RecordsLoss(Protocol):
+    """The records of all layers together to a scalar: this micro-batch's share, as in `AuxLoss`."""
+
+    weight: float
+
+    def of_records(
+        self,
+        records: Mapping[str, RouterOutput],
+        context: RoutingContext | None = None,
+        totals: StepTotals | None = None,
+    ) -> Float[Tensor, ""]:
+        """The share of a micro-batch; ``totals.num_sequences`` is the number of samples."""
+        ...
+
+
+@runtime_checkable
 class LayerLoss(Protocol):
     """One layer's weights to a scalar, once an optimizer step: no token is looked at."""
 

@@ -21,6 +21,7 @@ class RoutingContext:
     domain_ids: Int[Tensor, "B"] | None = None  # labels for diagnostics, not for routers
     num_domains: int = 0
     task_ids: Int[Tensor, "B"] | None = None
+    sample_ids: Int[Tensor, "B"] | None = None  # numbers of samples, for losses that know a bank
     noise_level: Float[Tensor, "B"] | None = None  # diffusion
     sequence_embedding: Float[Tensor, "B D"] | None = None
     progress: float = 0.0  # share of training done, in [0, 1]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from routerlab.core.protocols import AuxLoss, LayerLoss
+from routerlab.core.protocols import AuxLoss, LayerLoss, RecordsLoss
 from routerlab.core.routing import RouterOutput, RoutingContext, StepTotals
 from routerlab.objectives.pooling import POOLED, pooled
 from routerlab.objectives.step import Records, Sums, world_size
@@ -14,16 +14,20 @@ from routerlab.objectives.step import Records, Sums, world_size
 
 class AuxiliaryLosses:
     """Losses by name. Each is computed layer by layer, then averaged over layers; one that says
-    ``pool_layers`` is computed once, on all layers together.
+    ``pool_layers`` is computed once, on all layers together, and a `RecordsLoss` sees the records
+    of all layers.
     """
 
-    def __init__(self, losses: Mapping[str, AuxLoss | LayerLoss]) -> None:
+    def __init__(self, losses: Mapping[str, AuxLoss | LayerLoss | RecordsLoss]) -> None:
         self.by_name = dict(losses)
         self.of_records: dict[str, AuxLoss] = {}
         self.of_weights: dict[str, LayerLoss] = {}
+        self.of_layers: dict[str, RecordsLoss] = {}
         for name, loss in losses.items():
             if isinstance(loss, LayerLoss):
                 self.of_weights[name] = loss
+            elif isinstance(loss, RecordsLoss):
+                self.of_layers[name] = loss
             else:
                 self.of_records[name] = loss
 
@@ -55,6 +59,8 @@ class AuxiliaryLosses:
                 for place, output, told in views[_pools(loss)]
             ]
             values[f"loss/{name}"] = torch.stack(found).mean()
+        for name, loss in self.of_layers.items():
+            values[f"loss/{name}"] = loss.of_records(records, context, totals)
         return values
 
     def _views(
@@ -63,9 +69,10 @@ class AuxiliaryLosses:
         """What losses look at, with its name and context: single layers, and under True all layers
         together.
         """
-        if self.of_records and not records:
+        readers = [*self.of_records, *self.of_layers]
+        if readers and not records:
             raise ValueError(
-                f"loss {', '.join(self.of_records)}: reads the records of routers, and this model "
+                f"loss {', '.join(readers)}: reads the records of routers, and this model "
                 "has none; use loss=[]"
             )
         layers = [(n, out, context.at_layer(i)) for i, (n, out) in enumerate(records.items())]

@@ -11,7 +11,7 @@ from routerlab.core.routing import RouterOutput, RoutingContext
 from routerlab.objectives.step import Records
 
 POOLED = "all layers"  # what stands for a layer's name in the sums of a pooled record
-_BY_SEQUENCE = ("domain_ids", "task_ids", "noise_level", "sequence_embedding")
+_BY_SEQUENCE = ("domain_ids", "task_ids", "sample_ids", "noise_level", "sequence_embedding")
 _BY_TOKEN = ("valid", "prompt", "token_ids")
 
 

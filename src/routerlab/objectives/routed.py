@@ -9,7 +9,7 @@ from torch import nn
 
 from routerlab.core.checks import choice
 from routerlab.core.errors import NonFiniteLossError
-from routerlab.core.protocols import AuxLoss, Diagnostic, LayerLoss, Schedule
+from routerlab.core.protocols import AuxLoss, Diagnostic, LayerLoss, RecordsLoss, Schedule
 from routerlab.core.routing import RoutingContext
 from routerlab.core.seeding import stable_seed
 from routerlab.diagnostics.collection import DiagnosticSums, flatten
@@ -24,6 +24,7 @@ from routerlab.objectives.scheduled import Scheduled
 from routerlab.objectives.step import Batch, all_reduce, rank, split_batch
 from routerlab.objectives.step_gradient import StepGradient
 from routerlab.objectives.validation import Scores
+from routerlab.test_time.plug_in import TestTime, rerouting
 
 
 class RoutedObjective(StepGradient):
@@ -72,7 +73,7 @@ class RoutedObjective(StepGradient):
         self,
         backbone: nn.Module,
         optimizer: OptimizerRecipe,
-        losses: Mapping[str, AuxLoss | LayerLoss],
+        losses: Mapping[str, AuxLoss | LayerLoss | RecordsLoss],
         diagnostics: Mapping[str, Diagnostic],
         schedules: Mapping[str, Schedule] | None = None,
         seed: int = 0,
@@ -104,6 +105,7 @@ class RoutedObjective(StepGradient):
         self.gradient_clip_norm = gradient_clip_norm
         self.domains = domains or ["all"]
         self.loaded_step: int | None = None  # of a checkpoint that is only evaluated
+        self.test_time: TestTime | None = None  # what changes routings in validations
         self.validation_result: tuple[dict[str, float], dict[str, list]] = ({}, {})
 
     def task_scalars(self, task: float) -> dict[str, float]:
@@ -165,6 +167,7 @@ class RoutedObjective(StepGradient):
             domain_ids=batch.get("domain"),
             num_domains=len(self.domains),
             task_ids=batch.get("task"),
+            sample_ids=batch.get("sample"),
             progress=self._progress(step),
             seed=stable_seed(self.seed, step, part, rank()),
             step_seed=stable_seed(self.seed, step),
@@ -190,7 +193,8 @@ class RoutedObjective(StepGradient):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the sums: nothing is averaged before the end."""
         context = self.context(batch, self._steps_taken, batch_idx)
-        out = self.run(batch, context)
+        with rerouting(self.test_time, self.backbone, batch, context):
+            out = self.run(batch, context)
         losses = self.task_loss(out.logits, batch)
         self._scores.add(batch, out.logits, losses, self.num_targets(batch))
         self._val_sums.add(out.router_outputs, context)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from routerlab.core.protocols import AuxLoss, LayerLoss, Schedule
+from routerlab.core.protocols import AuxLoss, LayerLoss, RecordsLoss, Schedule
 
 
 class Scheduled:
@@ -14,7 +14,7 @@ class Scheduled:
     def __init__(
         self,
         schedules: Mapping[str, Schedule],
-        losses: Mapping[str, AuxLoss | LayerLoss],
+        losses: Mapping[str, AuxLoss | LayerLoss | RecordsLoss],
         routers: Sequence[Any],
     ) -> None:
         self._items = [
@@ -39,7 +39,7 @@ def fitting(value: int | float, owner: type, knob: str) -> int | float:
 
 
 def _owners(
-    target: str, losses: Mapping[str, AuxLoss | LayerLoss], routers: Sequence[Any]
+    target: str, losses: Mapping[str, AuxLoss | LayerLoss | RecordsLoss], routers: Sequence[Any]
 ) -> list[Any]:
     room, *path = target.split(".")
     owners: list[Any] = []

@@ -1,0 +1,1 @@
+"""Routing that is changed when a trained model is used."""
