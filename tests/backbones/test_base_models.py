@@ -21,7 +21,7 @@ from routerlab.backbones.pretrained import PretrainedLM
 from routerlab.core.config import compose
 from routerlab.core.download import SourceUnavailable, fetch
 from routerlab.core.instantiate import build
-from tests.helpers.language_models import VOCAB, save_tiny
+from tests.helpers.language_models import VOCAB, save_tiny, tiny_llama, tiny_tokenizer
 
 SHARED = Path(os.environ.get("ROUTERLAB_CACHE", Path.home() / ".cache" / "routerlab"))
 
@@ -156,3 +156,37 @@ def test_smollm2_speaks_and_is_cached(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), drawn)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, logits)
+
+
+# -- directories that were not written to their end ----------------------------------------------
+
+
+def test_half_written_directories(folder: Path, tmp_path: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors is cut short or broken"):
+        load_base(str(folder), tmp_path, torch.float32)
+    weights.unlink()
+    with pytest.raises(ValueError, match="found there: it has config.json but no weights"):
+        load_base(str(folder), tmp_path, torch.float32)
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}')
+    message = "index.json names 1 files that are not there: model-00002-of-00002.safetensors"
+    with pytest.raises(ValueError, match=message):
+        load_base(str(folder), tmp_path, torch.float32)
+    index.write_text('{"weight_map"')
+    with pytest.raises(ValueError, match="model.safetensors.index.json cannot be read"):
+        load_base(str(folder), tmp_path, torch.float32)
+    (folder / "config.json").write_text('{"model_type": "lla')
+    with pytest.raises(ValueError, match="config.json cannot be read"):
+        load_base(str(folder), tmp_path, torch.float32)
+
+
+def test_shards_are_read(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    found, _ = load_base(str(tmp_path), tmp_path, torch.float32)
+    ids = torch.randint(VOCAB, (1, 5))
+    assert torch.equal(found(ids).logits, model(ids).logits)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from routerlab.backbones.decoder import BackboneOutput, Decoder, rotary_tables, rotate
+from routerlab.backbones.attention import rotary_tables, rotate
+from routerlab.backbones.decoder import BackboneOutput, Decoder
 from routerlab.core.routing import RouterOutput, RoutingContext
 from routerlab.routers.token_choice import TokenChoice
 from tests.helpers.models import EXPERTS, LENGTH, VOCAB, WIDTH, tiny_batch, tiny_decoder
@@ -119,7 +120,7 @@ def test_count_parameters_by_hand(tie: bool) -> None:
     rest = attention + expert + EXPERTS * WIDTH + 2 * WIDTH  # + shared expert, gate, two norms: 392
     head = (1 if tie else 2) * VOCAB * WIDTH + WIDTH  # + the last norm
     expected = {"total": head + 2 * (rest + 4 * expert), "active": head + 2 * (rest + 2 * expert)}
-    expected["experts"] = 2 * EXPERTS
+    expected |= {"trainable": expected["total"], "experts": 2 * EXPERTS}
     assert decoder.count_parameters() == expected
 
 

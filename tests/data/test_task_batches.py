@@ -74,12 +74,12 @@ def test_a_training_batch_by_hand() -> None:
     assert torch.equal(batch["labels"][:, 13:15], batch["input_ids"][:, 14:])  # the token after
     assert batch["task"].tolist() == batch["domain"].tolist() == [2, 2]
     kinds = {name: value.dtype for name, value in batch.items()}
-    whole = dict.fromkeys(["input_ids", "labels", "task", "domain"], torch.int64)
+    whole = dict.fromkeys(["input_ids", "labels", "task", "domain", "sample"], torch.int64)
     assert kinds == whole | dict.fromkeys(["valid", "prompt"], torch.bool)
 
 
 def test_a_validation_batch_has_a_row_for_every_option() -> None:
-    batch = collate(encode(SUM, CHOICE, SUM), pad=1, every_option=True)
+    batch = collate(encode(SUM, CHOICE, SUM), pad=1, val_rows="options")
     assert batch["input_ids"].shape == (4, 11)
     assert batch["item"].tolist() == [0, 1, 1, 2]
     assert batch["gold"].tolist() == [True, False, True, True]
@@ -87,6 +87,30 @@ def test_a_validation_batch_has_a_row_for_every_option() -> None:
     answers = [text(row[row != -100].tolist()) for row in batch["labels"]]
     assert answers == [f" 3{EOS}", f"a{EOS}", f"bc{EOS}", f" 3{EOS}"]
     assert (batch["item"].dtype, batch["gold"].dtype) == (torch.int64, torch.bool)
+
+
+def test_a_validation_batch_may_have_right_answers_alone() -> None:
+    batch = collate(encode(CHOICE, CHOICE), pad=1, val_rows="answer", choices=True)
+    assert batch["input_ids"].shape == (2, 11)
+    assert batch["item"].tolist() == [0, 1]
+    assert batch["gold"].all()
+    assert batch["chooses"].all()
+    assert batch["sample"].tolist() == [-1, -1]
+
+
+def test_choices_are_the_first_tokens_of_the_options() -> None:
+    three = TaskItem("x?", "no", ("yes", "no", "why"), where="item 3")
+    tokenizer = tiny_tokenizer()
+    items = encode(CHOICE, TaskItem("x? ", "no", three.options))
+    batch = collate(items, pad=1, choices=True)
+    letters = [tokenizer.convert_tokens_to_ids(x) for x in "abynw"]
+    assert batch["choices"].tolist() == [[*letters[:2], -1], letters[2:]]
+    assert items[0].undecided is items[1].undecided is None
+    assert "choices" not in collate(items, pad=1)
+    # A token a character: after a prompt without a blank at its end, all begin with the blank.
+    same, generated = encode(three, SUM)
+    assert same.undecided == "task 'mine': item 3: two of its options begin with the same token"
+    assert generated.undecided == "task 'mine': item 1: its answer is generated, not chosen"
 
 
 def test_too_long_items_are_refused_or_cut() -> None:

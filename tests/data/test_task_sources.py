@@ -69,6 +69,17 @@ def test_built_in_tasks(
     assert not any(re.search(r"^[A-D]: ?([A-D]\.|$)", i.prompt, re.MULTILINE) for i in found)
 
 
+def test_topics_to_choose_from_are_those_of_the_generated_answers(evals_dir: Path) -> None:
+    choosing, generating = read("wiki_topic_choice", evals_dir), read("wiki_topics", evals_dir)
+    topics = tuple(sorted({item.answer for item in generating}))
+    assert len(topics) == 11
+    assert len(choosing) == len(generating) == 8_881
+    for with_options, without in zip(choosing, generating, strict=True):
+        assert with_options.options == topics
+        assert (with_options.prompt, with_options.answer) == (without.prompt, without.answer)
+    assert any(item.prompt.endswith(")\nTopic:") for item in choosing)
+
+
 def test_built_in_tasks_have_the_same_order_every_time(evals_dir: Path) -> None:
     assert read("quartz", evals_dir) == read("quartz", evals_dir)
 

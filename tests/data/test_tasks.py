@@ -76,6 +76,7 @@ def held_out(data: TaskDataModule) -> list[tuple[Any, ...]]:
         ({"final_val_items": 1}, "final_val_items=1: must be a whole number of at least 2"),
         ({"seed": -1}, "seed=-1"),
         ({"num_workers": -1}, "num_workers=-1"),
+        ({"val_rows": "all"}, "val_rows='all': must be one of 'options', 'answer'"),
         ({"tokenizer": "no/such/folder"}, "tokenizer='no/such/folder': cannot be loaded"),
     ],
 )
@@ -94,6 +95,8 @@ def test_refusals_on_reading(sums: Path) -> None:
         data.setup()
     with pytest.raises(RuntimeError, match="only after prepare_data"):
         data.items("train")
+    with pytest.raises(ValueError, match="val_rows='answer': task 'sums': .* is generated, not"):
+        module(sums, val_rows="answer")
 
 
 def test_splits_are_disjoint_and_the_same_for_every_seed(sums: Path) -> None:
@@ -112,7 +115,8 @@ def test_training_batches(sums: Path) -> None:
     data = module(sums)
     assert data.task_names == ["sums", "larger"]
     first, second = itertools.islice(data.train_dataloader(), 2)
-    assert set(first) == {"input_ids", "labels", "valid", "prompt", "task", "domain"}
+    keys = {"input_ids", "labels", "valid", "prompt", "task", "domain", "sample"}
+    assert set(first) == keys  # and no choices: sums are generated
     assert first["input_ids"].shape[0] == 6
     assert first["input_ids"].shape[1] % 8 == 0
     assert not all(torch.equal(first[key], second[key]) for key in first)
@@ -133,6 +137,46 @@ def test_training_batches(sums: Path) -> None:
         for ids, valid in zip(batch["input_ids"], batch["valid"], strict=True)
     ]
     assert {row.lower() for row in wanted} == set(rows)
+
+
+def test_items_to_train_on_have_numbers(sums: Path) -> None:
+    data = module(sums)
+    prompts = [item.prompt for items in data.items("train").values() for item in items]
+    batches = list(data.each_train_item())
+    assert sorted(torch.cat([batch["sample"] for batch in batches]).tolist()) == [*range(100)]
+    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    assert lengths == sorted(lengths)
+    drawn = next(iter(data.train_dataloader()))
+    for batch in (drawn, *batches):
+        for ids, prompt, number in zip(
+            batch["input_ids"], batch["prompt"], batch["sample"].tolist(), strict=True
+        ):
+            assert tiny_tokenizer().decode(ids[prompt]) == prompts[number].lower()
+    held = torch.cat([batch["sample"] for batch in data.val_dataloader()])
+    assert (held == -1).all()
+
+
+@pytest.fixture
+def letters(tmp_path: Path) -> Path:
+    """Returns a file of 40 items with two or three options that their first letters tell apart."""
+    path = tmp_path / "letters.jsonl"
+    options = [["abc", "b"], ["a", "bcd", "c"]]
+    rows = [{"prompt": f"{n}? ", "answer": options[n % 2][n % 3 % 2], "options": options[n % 2]}
+            for n in range(40)]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_right_answers_alone_are_enough_where_first_tokens_decide(letters: Path) -> None:
+    options = {"tasks": {"letters": str(letters)}, "val_items": 9, "test_items": 10}
+    every, right = module(letters, **options), module(letters, **options, val_rows="answer")
+    assert every.why_no_choices is None
+    assert len(held_out(right)) == 9 < len(held_out(every))
+    assert sorted(row for row in held_out(every) if row[1]) == sorted(held_out(right))
+    for batch in [*right.val_dataloader(), next(iter(right.train_dataloader()))]:
+        first = batch["labels"].gather(1, (batch["labels"] != -100).int().argmax(1)[:, None])
+        assert (batch["choices"] == first).sum(1).eq(1).all()
+    assert right.identity == every.identity  # the same data, looked at in another way
 
 
 def test_validation_batches(sums: Path) -> None:
@@ -252,7 +296,9 @@ def test_a_resumed_run_sees_the_rest_of_the_data(sums: Path, tmp_path: Path) -> 
 def test_configs_build(sums: Path) -> None:
     configs = Path(__file__).parents[2] / "configs" / "data"
     found = {path.stem for path in configs.glob("*.yaml") if "_tasks" in path.read_text()}
-    assert found >= {"sarcasm", "quartz", "wiki_topics", "skills", "reasoning", "jsonl"}
+    assert found >= {
+        "sarcasm", "quartz", "wiki_topics", "choices", "skills", "reasoning", "jsonl",
+    }  # fmt: skip
     for name in ("sarcasm", "quartz"):
         data = build(compose(f"data={name}").data)
         assert data.task_names == [name]

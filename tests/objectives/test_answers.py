@@ -8,6 +8,8 @@ import torch
 from routerlab.objectives.answers import (
     AnswerScores,
     exact_matches,
+    first_token_right,
+    option_logits,
     right_items,
     wilson_interval,
 )
@@ -65,3 +67,34 @@ def test_scores_by_hand(option_score: str, right: int) -> None:
     assert "val/sampled_loss" not in found
     low, high = wilson_interval(right, 1)
     assert (found["val/accuracy_low"], found["val/accuracy_high"]) == (low, high)
+
+
+def test_options_by_their_first_tokens_by_hand() -> None:
+    # Two columns of logits; answers begin at the first and at the second of them.
+    logits = torch.tensor([[[0.0, 1, 2, 3], [9, 9, 9, 9]], [[9, 9, 9, 9], [3, 1, 2, 0]]])
+    labels = torch.tensor([[-100, 1, 0], [-100, -100, 0]])
+    choices = torch.tensor([[2, 1, -1], [1, 3, 0]])
+    found, gold = option_logits(logits, labels, choices)
+    assert found.tolist() == [[2, 1, -torch.inf], [1, 0, 3]]
+    assert gold.tolist() == [1, 2]
+    assert first_token_right(logits, labels, choices).tolist() == [False, True]
+    equal, unknown = torch.zeros_like(logits), torch.full_like(logits, torch.nan)
+    assert first_token_right(equal, labels, choices).tolist() == [False, False]
+    assert first_token_right(equal, labels, choices.flip(1)).tolist() == [True, True]
+    assert first_token_right(unknown, labels, choices).tolist() == [False, False]
+
+
+@pytest.mark.parametrize("every_option", [False, True])
+def test_first_tokens_need_right_answers_alone(every_option: bool) -> None:
+    scores = AnswerScores(["a", "b"], "first_token", torch.device("cpu"))
+    items = [([5], [6]), ([5], [7])]
+    kept = slice(None) if every_option else slice(1)
+    batch = rows(items[kept], task=[1, 1][kept], item=[0, 0][kept], gold=[True, False][kept],
+                 chooses=[True, True][kept], choices=[[6, 7], [6, 7]][kept])  # fmt: skip
+    count = len(batch["gold"])
+    logits = torch.zeros(count, 1, 8)
+    logits[..., 6], logits[..., 0] = 1, 5  # what is no option does not count
+    scores.add(batch, logits, torch.full((count, 1), 2.0), torch.ones(count, dtype=torch.long))
+    found = scores.values()
+    assert found["val/accuracy"] == found["val/accuracy/b"] == found["val/items"] == 1
+    assert found["val/loss"] == 2.0

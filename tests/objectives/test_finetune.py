@@ -84,6 +84,45 @@ def test_answer_tokens_alone_count(folder: Path) -> None:
     assert model.num_targets(batch).tolist() == [4, 2, 3, 5]
 
 
+def test_a_loss_on_choices_is_a_choice_among_first_tokens(folder: Path) -> None:
+    model, batch = objective(backbone(folder), loss_on="choices"), training_batch()
+    first = (batch["labels"] != -100).int().argmax(1)
+    gold = batch["labels"].gather(1, first[:, None])[:, 0]
+    others = (gold + 5) % VOCAB
+    batch["choices"] = torch.stack([others, gold, torch.full_like(gold, -1)], dim=1)
+    logits = model.run(batch, model.context(batch, 0, 0)).logits
+    assert logits.shape == (4, 5, VOCAB)
+    losses = model.task_loss(logits, batch)
+    for row in range(4):
+        at = model.backbone(batch["input_ids"][row, batch["valid"][row]][None]).logits[0]
+        asked = int(batch["prompt"][row].sum()) - 1  # the last token of the prompt
+        chance = at[asked, [others[row], gold[row]]].softmax(0)[1]
+        torch.testing.assert_close(losses[row].sum(), -chance.log(), rtol=1e-4, atol=1e-5)
+        assert losses[row].nonzero().tolist() == [[int(first[row])]]
+    assert model.num_targets(batch).tolist() == [1, 1, 1, 1]
+    right = model.correct(logits, batch)
+    assert right.dtype == torch.bool
+    terms, *_ = model.accumulate([batch], [model.context(batch, 0, 0)], due=False)
+    assert terms["task"] == pytest.approx(float(losses.detach().sum() / 4))
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    batch["labels"][:] = -100
+    assert model.task_loss(logits, batch).sum() == 0
+
+
+def test_being_right_follows_the_score_of_options(folder: Path) -> None:
+    batch = training_batch()
+    generated, chosen = (
+        objective(backbone(folder), option_score=score) for score in ("sum", "first_token")
+    )
+    logits = generated.run(batch, generated.context(batch, 0, 0)).logits
+    first = (batch["labels"] != -100).int().argmax(1)
+    gold = batch["labels"].gather(1, first[:, None])
+    alone = batch | {"choices": torch.cat([gold, torch.full_like(gold, -1)], dim=1)}
+    assert chosen.correct(logits, alone).all()  # of one option
+    assert not generated.correct(logits, batch).any()  # of all that could be said
+    assert (generated.needs_choices, chosen.needs_choices) == ([], ["option_score=first_token"])
+
+
 def test_columns() -> None:
     labels = torch.tensor([[-100, -100, 3, -100], [-100, -100, -100, 4]])
     assert answer_columns(labels) == 2

@@ -90,12 +90,19 @@ class RoutingState:
 
     def _remember_contexts(self, model: nn.Module) -> None:
         """Lets checkpointed layers run again under the context that they first ran under, whatever
-        other passes came between.
+        other passes came between. Raises ValueError for reentrant checkpointing, under which
+        records have no gradient.
         """
         for module in model.modules():
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if function is not None and not isinstance(function, _InContext):
-                setattr(module, "_gradient_checkpointing_func", _InContext(function, self))  # noqa: B010
+            function = vars(module).get("_gradient_checkpointing_func")
+            if function is None or isinstance(function, _InContext):
+                continue
+            if getattr(function, "keywords", {}).get("use_reentrant", False):
+                raise ValueError(
+                    "use_reentrant=True: the records of routers would have no gradient; must be "
+                    'activation_checkpointing_enable({"use_reentrant": False})'
+                )
+            setattr(module, "_gradient_checkpointing_func", _InContext(function, self))  # noqa: B010
 
 
 class _InContext:

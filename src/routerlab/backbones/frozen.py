@@ -15,9 +15,9 @@ def train_part(backbone: Any, trainable: str, layers: int | Sequence[int] | None
     """Freezes all parameters but those of ``trainable``: ``all``, the ``routers``, the ``experts``
     or both (``moe``) of the routed layers that ``layers`` names (`pick_layers`), or ``none``.
 
-    Unless all learn, ``state_dict`` from now on holds only what may change: those parameters and
-    the routers' buffers. The rest is read again from where the model came from, and
-    ``load_state_dict`` leaves it alone.
+    Unless all learn, ``state_dict`` from now on holds only what learns and all routers: frozen ones
+    may be fresh, and their balancers still move. The rest is read again from where the model came
+    from, and ``load_state_dict`` leaves it alone.
     """
     choice("trainable", trainable, PARTS)
     if trainable == "all":
@@ -27,16 +27,16 @@ def train_part(backbone: Any, trainable: str, layers: int | Sequence[int] | None
             )
         return
     backbone.requires_grad_(False)
-    changing: set[int] = set()
     for name in pick_layers(backbone.layer_names, layers, "trainable_layers"):
         layer = backbone.moe_layers[name]
         if trainable in ("moe", "routers"):
             layer.router.requires_grad_(True)
-            changing |= {id(buffer) for buffer in layer.router.buffers()}
         if trainable in ("moe", "experts"):
             layer.experts.requires_grad_(True)
+    routers = [layer.router.state_dict(keep_vars=True) for layer in backbone.moe_layers.values()]
+    own = {id(tensor) for router in routers for tensor in router.values()}
     tensors = backbone.state_dict(keep_vars=True)
-    keep_in_state(backbone, {k for k, t in tensors.items() if t.requires_grad or id(t) in changing})
+    keep_in_state(backbone, {k for k, t in tensors.items() if t.requires_grad or id(t) in own})
 
 
 def keep_in_state(module: Any, keys: set[str]) -> None:

@@ -1,13 +1,11 @@
 """A frozen pretrained language model of transformers with an adapter of PEFT in it."""
 
 import copy
-import inspect
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,12 +14,16 @@ from torch import Tensor, nn
 from routerlab.backbones.base_models import load_base
 from routerlab.backbones.decoder import BackboneOutput
 from routerlab.backbones.frozen import keep_in_state
+from routerlab.backbones.passes import (
+    DTYPES,
+    arguments_of,
+    checkpoint_activations,
+    pass_options,
+    sizes_of,
+)
 from routerlab.backbones.shared_trunk import SharedTrunk
-from routerlab.core.checks import choice, within
+from routerlab.core.checks import choice
 from routerlab.core.routing import RoutingContext
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_UNBOUNDED = 2**31 - 1  # positions, of models that have no table of them
 
 
 class PretrainedLM(nn.Module):
@@ -66,10 +68,8 @@ class PretrainedLM(nn.Module):
             )
         base, self.tokenizer = load_base(path, Path(cache_dir), DTYPES[dtype])
         base.requires_grad_(False)
-        self._takes = frozenset(inspect.signature(base.forward).parameters)
-        config = base.config.get_text_config()
-        self.vocab_size: int = config.vocab_size
-        self.max_positions: int = getattr(config, "max_position_embeddings", None) or _UNBOUNDED
+        self._takes = arguments_of(base)
+        self.vocab_size, self.max_positions = sizes_of(base)
         self.model: Any = base if adapter is None else _adapted(base, adapter)
         tuner = self.model.base_model if adapter is not None else None
         self._state: Any = getattr(tuner, "state", None)
@@ -80,10 +80,7 @@ class PretrainedLM(nn.Module):
         }
         self.layer_names = list(self.moe_layers)
         if activation_checkpointing:
-            base.activation_checkpointing_enable({"use_reentrant": False})
-            # What transformers switches on here is for reentrant checkpointing. Without it no
-            # gradient goes below the first adapted layer.
-            base.disable_input_require_grads()
+            checkpoint_activations(base)
         keep_in_state(self, adapter_keys(self))
 
     def forward(
@@ -99,20 +96,9 @@ class PretrainedLM(nn.Module):
         model's blocks take copies (`SharedTrunk.fits`).
         """
         batch_size, length = input_ids.shape
-        if length > self.max_positions:
-            raise ValueError(
-                f"sequence of {length} tokens: longer than max_positions={self.max_positions}"
-            )
-        within("logits_to_keep", logits_to_keep, 0, length)
         if context is None:
             context = RoutingContext(batch_size, length)
-        options: dict[str, Any] = {"use_cache": False}
-        if context.valid is not None:
-            mask = context.valid.view(batch_size, length).long()
-            options["attention_mask"] = mask
-            options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        if logits_to_keep:
-            options["logits_to_keep"] = logits_to_keep
+        options = pass_options(context, self.max_positions, logits_to_keep)
         options = {name: value for name, value in options.items() if name in self._takes}
         if self._state is not None:
             self._state.context = replace(context, token_ids=input_ids.reshape(-1))

@@ -19,6 +19,7 @@ SUBJECTS = {
     "layer": "one MoE layer against a dense layer and transformers; losses, diagnostics",
     "routers": "every router as a share of the MoE layer, next to token choice",
     "adapters": "mixtures of LoRA against plain LoRA; samples of ReMix against the soft mixture",
+    "recording": "a model of transformers whose routings are recorded, against the same without",
 }
 ROUTERS_SHAPE = "4096,256,256,64,8"
 STEP_SECONDS = 5  # seconds for a variant of the training step, in units of --seconds
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     if not argv:
         print("usage: routerlab bench SUBJECT [options]\n\nsubjects:")
         for name, text in SUBJECTS.items():
-            print(f"  {name:8} {text}")
+            print(f"  {name:9} {text}")
         return 0
     try:
         arguments = _parser().parse_args(list(argv))
@@ -70,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         add(f"--{name.replace('_', '-')}", type=int, metavar="N", help="instead of the base's")
     add("--seconds", type=float, default=5.0, help="for each contestant (default 5)")
     _add_common(adapters)
+    recording = subjects.add_parser("recording", help=SUBJECTS["recording"])
+    recording.add_argument("--seconds", type=float, default=5.0, help="for each row (default 5)")
+    _add_common(recording)
     return parser
 
 
@@ -190,6 +194,20 @@ def _bench_adapters(arguments: argparse.Namespace, settings: "Settings") -> int:
     return 0
 
 
+def _bench_recording(arguments: argparse.Namespace, settings: "Settings") -> int:
+    from rich.console import Console
+
+    from routerlab.bench import recording
+
+    sizes, console = recording.RecordingSizes(), Console()
+    with console.status("") as status:
+        rows = recording.bench_recording(sizes, settings, status.update)
+    console.print(recording.recording_table(sizes, rows))
+    if arguments.json is not None:
+        _write(arguments.json, recording.recording_json(sizes, rows, settings))
+    return 0
+
+
 def _numbers(text: str) -> list[int]:
     if text == "none":
         return []
@@ -205,6 +223,7 @@ _RUNS: dict[str, Callable[[argparse.Namespace, "Settings"], int]] = {
     "layer": _bench_layer,
     "routers": _bench_routers,
     "adapters": _bench_adapters,
+    "recording": _bench_recording,
 }
 
 

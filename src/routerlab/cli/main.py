@@ -15,6 +15,9 @@ COMMANDS = {
     "routers": ("routerlab.cli.routers", "list the routers"),
     "adapters": ("routerlab.cli.adapters", "list what a pretrained model is fine-tuned with"),
     "certify": ("routerlab.certify.command", "check a router against its contract (router=NAME)"),
+    "import": ("routerlab.cli.import_model", "turn a MoE of transformers into a decoder of ours"),
+    "export": ("routerlab.cli.export", "turn a decoder of ours into a model of transformers"),
+    "upcycle": ("routerlab.cli.upcycle", "turn a dense model of transformers into a MoE of ours"),
     "audit-loss": (
         "routerlab.cli.audit_loss",
         "what other frameworks' balancing losses say of a routing",

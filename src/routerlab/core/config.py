@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+_NO_ROUTER = "native"  # leaves a pretrained model its own: a choice, and no router of ours
 _user_dirs: list[Path] = []
 
 
@@ -46,13 +47,17 @@ def use_directory(directory: str | Path) -> None:
 
 
 def available(group: str) -> list[str]:
-    """Names in a config group, for example of every router."""
+    """Names in a config group, for example of every router of ours."""
+    return sorted(_names(group) - ({_NO_ROUTER} if group == "router" else set()))
+
+
+def _names(group: str) -> set[str]:
     roots = [config_dir(), *_user_dirs]
     if not any((root / group).is_dir() for root in roots):
         groups = {p.name for root in roots for p in root.iterdir() if p.is_dir()}
         raise ConfigError(f"no config group {group!r}; {nearest(group, groups)}")
     names = {p.stem for root in roots for p in (root / group).glob("*.yaml")}
-    return sorted(name for name in names if not name.startswith("_"))
+    return {name for name in names if not name.startswith("_")}
 
 
 def describe(group: str, name: str) -> str:
@@ -92,7 +97,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> str | None:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         if group:
-            return f"{group}={name}: no such config; {nearest(name, available(group))}"
+            return f"{group}={name}: no such config; {nearest(name, _names(group))}"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
     wrong = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", str(error))

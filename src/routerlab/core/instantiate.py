@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from routerlab.core.config import ConfigError, nearest, user_dirs
 
-_LIBRARIES = ("routerlab", "torch", "lightning", "transformers", "peft")
+LIBRARIES = ("routerlab", "torch", "lightning", "transformers", "peft")
 
 
 def build(node: DictConfig, **objects: Any) -> Any:
@@ -51,9 +51,9 @@ def check_targets(node: Any) -> None:
         return
     name = node["_target_"]
     top = name.split(".")[0]
-    if top not in _LIBRARIES and not _is_users(top):
+    if top not in LIBRARIES and not _is_users(top):
         raise ConfigError(
-            f"{node._get_full_key('_target_')}={name!r}: must come from {', '.join(_LIBRARIES)}, "
+            f"{node._get_full_key('_target_')}={name!r}: must come from {', '.join(LIBRARIES)}, "
             "or from a python file in a directory given with --config-dir"
         )
     accepted = parameters(locate(name))

@@ -1,11 +1,11 @@
-"""Which of a model's routed layers is meant."""
+"""Which of a model's layers is meant."""
 
 import re
 from collections.abc import Sequence
 
 
 def pick_layers(names: Sequence[str], wanted: int | Sequence[int] | None, field: str) -> list[str]:
-    """The routed layers that ``wanted`` names, in the order of depth: all of them (None), the last
+    """The layers that ``wanted`` names, in the order of depth: all of them (None), the last
     n (a number), or those of the model's layers with these numbers (a list), counted from 0 as in
     their names (``layers.03.moe``). Raises ValueError, naming ``field``, for what is not there.
     """
@@ -13,15 +13,12 @@ def pick_layers(names: Sequence[str], wanted: int | Sequence[int] | None, field:
         return list(names)
     if isinstance(wanted, int):
         if not 1 <= wanted <= len(names):
-            raise ValueError(f"{field}={wanted}: must be from 1 to the {len(names)} routed layers")
+            raise ValueError(f"{field}={wanted}: must be from 1 to the {len(names)} layers")
         return list(names[-wanted:])
     numbers = {layer_number(name): name for name in names}
     absent = [number for number in wanted if number not in numbers]
     if absent or not wanted or len(set(wanted)) < len(wanted):
-        raise ValueError(
-            f"{field}={list(wanted)}: must be different numbers of routed layers, which are "
-            f"{sorted(numbers)}"
-        )
+        raise ValueError(f"{field}={list(wanted)}: must be different layers, of {sorted(numbers)}")
     return [numbers[number] for number in sorted(wanted)]
 
 

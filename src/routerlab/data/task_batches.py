@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from routerlab.data.task_items import TaskItem
 
@@ -19,7 +20,8 @@ IGNORED = -100
 class EncodedItem:
     """Token ids of an item: its prompt, and each of its options with the end-of-text token.
 
-    `options[gold]` is the right answer; an item that does not choose has no other.
+    `options[gold]` is the right answer; an item that does not choose has no other. `sample` is its
+    number among the items to train on, -1 where it is held out. `where` names it in messages.
     """
 
     prompt: list[int]
@@ -27,11 +29,27 @@ class EncodedItem:
     gold: int
     task: int
     chooses: bool
+    sample: int = -1
+    where: str = field(default="", compare=False)
 
     @property
     def length(self) -> int:
         """Returns the tokens of the longest row, which holds no end-of-text token."""
         return len(self.prompt) + max(map(len, self.options)) - 1
+
+    @property
+    def first_tokens(self) -> list[int]:
+        """Returns the first token of each option."""
+        return [option[0] for option in self.options]
+
+    @property
+    def undecided(self) -> str | None:
+        """Returns why a first token does not tell which option is meant; None where it does."""
+        if not self.chooses:
+            return f"{self.where}: its answer is generated, not chosen"
+        if len(set(self.first_tokens)) < len(self.options):
+            return f"{self.where}: two of its options begin with the same token"
+        return None
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -86,27 +104,36 @@ def encode_items(
             raise ValueError(_too_long(where, len(begin + prompt), options, max_length, room))
         gold = item.options.index(item.answer) if item.options else 0
         kept = begin + prompt[-room:]
-        encoded.append(EncodedItem(kept, options, gold, task, bool(item.options)))
+        chooses = bool(item.options)
+        encoded.append(EncodedItem(kept, options, gold, task, chooses, where=where))
     return encoded
 
 
 def collate(
-    items: Sequence[EncodedItem], *, pad: int, multiple: int = 1, every_option: bool = False
+    items: Sequence[EncodedItem],
+    *,
+    pad: int,
+    multiple: int = 1,
+    val_rows: str | None = None,
+    choices: bool = False,
 ) -> dict[str, Tensor]:
     """Returns a batch of B rows and S columns, left-padded to a multiple of `multiple`.
 
     input_ids, labels: int64 [B S]; `labels[b, s]` is the token that follows `input_ids[b, s]`
     where that is of the answer or the end of text, else -100. valid: bool [B S], False on
     padding. prompt: bool [B S], True on prompt tokens. task, domain: int64 [B], number of the task.
+    sample: int64 [B], number among the items to train on, or -1.
 
-    A row is an item with its right answer; with `every_option`, each option of an item has a row,
-    and the batch moreover holds item: int64 [B], which item of the batch; gold: bool [B], the row
-    with the right answer; chooses: bool [B], multiple choice.
+    A row is an item with its right answer. For a validation, `val_rows` says what rows an item has:
+    one for each of its `options`, or that `answer` alone; the batch then moreover holds item: int64
+    [B], which item of the batch; gold: bool [B], the row with the right answer; chooses: bool [B],
+    multiple choice. With `choices`, of items that are not `undecided`, it holds choices: int64
+    [B C], the first tokens of the item's options, -1 after the last of them.
     """
     rows = [
         (number, item, place)
         for number, item in enumerate(items)
-        for place in (range(len(item.options)) if every_option else [item.gold])
+        for place in (range(len(item.options)) if val_rows == "options" else [item.gold])
     ]
     longest = max(len(item.prompt) + len(item.options[place]) - 1 for _, item, place in rows)
     shape = len(rows), -(-longest // multiple) * multiple
@@ -122,8 +149,12 @@ def collate(
         prompt[index, start:answer] = True
     task = torch.tensor([item.task for _, item, _ in rows])
     batch = {"input_ids": input_ids, "labels": labels, "valid": valid, "prompt": prompt}
-    batch |= {"task": task, "domain": task.clone()}
-    if every_option:
+    sample = torch.tensor([item.sample for _, item, _ in rows])
+    batch |= {"task": task, "domain": task.clone(), "sample": sample}
+    if choices:
+        firsts = [torch.tensor(item.first_tokens) for _, item, _ in rows]
+        batch["choices"] = pad_sequence(firsts, batch_first=True, padding_value=-1)
+    if val_rows is not None:
         batch["item"] = torch.tensor([number for number, _, _ in rows])
         batch["gold"] = torch.tensor([place == item.gold for _, item, place in rows])
         batch["chooses"] = torch.tensor([item.chooses for _, item, _ in rows])

@@ -25,7 +25,6 @@ Spec = str | Mapping[str, Any]
 Rows = Iterator[tuple[str, Any]]
 KEYS = ("path", "name", "template", "options")
 REASONING_GYM = "reasoning_gym/"
-WIKI_TOPICS = "wiki_topics"
 NO_ANSWER = ("composite", "propositional_logic")  # the first needs sub-tasks of its own
 UNSTEADY = (  # seen to follow python's hash seed: the processes of a run would not agree
     "codeio", "isomorphic_strings", "knight_swap", "list_functions", "polynomial_multiplication",
@@ -85,20 +84,15 @@ def task_source(task: str, spec: Spec) -> TaskSource:
         return _file(task, Path(str(options["path"])).expanduser(), template or "{prompt}")
     if name in BUILT_IN:
         return _built_in(name, template or "{prompt}")
-    if name == WIKI_TOPICS:
-        return TaskSource(
-            f"topics of {WIKIPEDIA.package} {WIKIPEDIA.version}",
-            "CC BY-SA 4.0",
-            _wiki_topics,
-            template or "{prompt}",
-            WIKIPEDIA,
-        )
+    if name in WIKI:
+        origin = f"topics of {WIKIPEDIA.package} {WIKIPEDIA.version}"
+        return TaskSource(origin, "CC BY-SA 4.0", WIKI[name], template or "{prompt}", WIKIPEDIA)
     if name in GENERATED:
         return _generated(name, template or "{prompt}")
     if name.startswith(REASONING_GYM):
         dataset = name.removeprefix(REASONING_GYM)
         return _reasoning_gym(task, dataset, drawn, template or "{prompt}\nAnswer:")
-    names = [*BUILT_IN, WIKI_TOPICS, *GENERATED]
+    names = [*BUILT_IN, *WIKI, *GENERATED]
     raise ValueError(
         f"task {task!r}: {name!r} is neither a built-in task ({', '.join(names)}), nor "
         f"{REASONING_GYM}NAME, nor a .jsonl file; {nearest(name, names)}"
@@ -155,6 +149,14 @@ def _wiki_topics(count: int, cache_dir: Path) -> Rows:
         if description and topic and topic != "Uncategorized":
             prompt = f"Article: {title} ({description})\nTopic:"
             yield f"article {title!r}", {"prompt": prompt, "answer": topic}
+
+
+def _wiki_topic_choice(count: int, cache_dir: Path) -> Rows:
+    """The same articles, each with all topics to choose from."""
+    rows = list(_wiki_topics(count, cache_dir))
+    topics = sorted({row["answer"] for _, row in rows})
+    for place, row in rows:
+        yield place, row | {"options": topics}
 
 
 def _generated(name: str, template: str) -> TaskSource:
@@ -271,6 +273,10 @@ BUILT_IN: dict[str, BuiltInTask] = {
         _MIT,
         _pararule,
     ),
+}
+WIKI: dict[str, Callable[[int, Path], Rows]] = {
+    "wiki_topics": _wiki_topics,
+    "wiki_topic_choice": _wiki_topic_choice,
 }
 GENERATED: dict[str, Callable[[random.Random], dict[str, Any]]] = {
     "addition": _addition,

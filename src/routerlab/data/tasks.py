@@ -1,7 +1,8 @@
 """Fine-tuning batches from tasks: items with a prompt, a right answer and perhaps options."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from routerlab.core.checks import choice
 from routerlab.core.download import SourceUnavailable, fetch
 from routerlab.data.task_batches import (
     EncodedItem,
@@ -44,8 +46,9 @@ class TaskDataModule(pl.LightningDataModule):
     """Gives left-padded batches of several tasks (see `task_batches.collate` for their keys).
 
     Training batches hold right answers only, all tasks mixed in proportion to their sizes, without
-    end; validation batches hold every option of their items. `batch_size` counts rows, and
-    `val_batch_size` items, of one step over all processes; each process has its share.
+    end; validation batches hold every option of their items, or with `val_rows="answer"` the right
+    one alone. `batch_size` counts rows, and `val_batch_size` items, of one step over all processes;
+    each process has its share. Batches have `choices` where `why_no_choices` is None.
     Use `Trainer(use_distributed_sampler=False)`: the samplers here already divide the work.
 
     Which items are held out does not depend on `seed`, so that runs of all seeds are tested on the
@@ -68,6 +71,7 @@ class TaskDataModule(pl.LightningDataModule):
         test_items: int = 500,
         max_val_items: int | None = None,
         final_val_items: int | None = None,
+        val_rows: str = "options",
         num_workers: int = 0,
     ) -> None:
         """Checks every value; no item is read yet.
@@ -78,7 +82,9 @@ class TaskDataModule(pl.LightningDataModule):
         None: `use_tokenizer` gives it. Of each task, `test_items` are kept for the last evaluation
         of a run, `val_items` for those before it, and at most `max_items` (None: all others) are
         trained on. `max_val_items` and `final_val_items` cut the held-out items of all tasks
-        together to as many from each (None: all of them).
+        together to as many from each (None: all of them). `val_rows`: a held-out item has a row for
+        each of its `options`, or one, with its `answer`; then the first token of every option must
+        tell it from the others, in all items.
         """
         super().__init__()
         self.task_names = _checked_names(tasks)
@@ -95,6 +101,8 @@ class TaskDataModule(pl.LightningDataModule):
             ("num_workers", num_workers, 0),
         ]:
             _check_count(field, value, least)
+        choice("val_rows", val_rows, ("options", "answer"))
+        self.val_rows = val_rows
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.max_val_items, self.final_val_items = max_val_items, final_val_items
         self.max_length, self.truncate_prompts = max_length, truncate_prompts
@@ -139,7 +147,19 @@ class TaskDataModule(pl.LightningDataModule):
                 for name, source in self._sources.items()
             }
             self._splits = split_items(items, **self._sizes)
-        self._encoded = {split: self._encode(tasks) for split, tasks in self._splits.items()}
+        encoded = {split: self._encode(tasks) for split, tasks in self._splits.items()}
+        encoded["train"] = [replace(item, sample=i) for i, item in enumerate(encoded["train"])]
+        self._encoded = encoded
+        if self.val_rows == "answer" and self.why_no_choices is not None:
+            raise ValueError(f"val_rows='answer': {self.why_no_choices}; use val_rows='options'")
+
+    @property
+    def why_no_choices(self) -> str | None:
+        """Returns why batches have no `choices`, naming the first item that is undecided; None
+        where they have them: every item chooses, and by the first tokens of its options.
+        """
+        reasons = (item.undecided for split in SPLITS for item in self._encoded[split])
+        return next((reason for reason in reasons if reason is not None), None)
 
     def use_final_items(self) -> None:
         """From now on the held-out items are those of the last evaluation."""
@@ -174,12 +194,19 @@ class TaskDataModule(pl.LightningDataModule):
         step = 0 if self.trainer is None else self.trainer.global_step
         items = ItemDataset(self._encoded["train"])
         sampler = StepBatchSampler(len(items), self.batch_size, self.seed, rank, world_size, step)
-        pad = padding_id(self._tokenizer)
         batches: DataLoader[Any] = DataLoader(
             items,
             batch_sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=partial(collate, pad=pad, multiple=TRAIN_MULTIPLE),
+            collate_fn=self._collate(multiple=TRAIN_MULTIPLE),
+        )
+        return batches
+
+    def each_train_item(self) -> DataLoader[dict[str, Tensor]]:
+        """Returns batches of `batch_size` items to train on, each once, short ones first."""
+        items = sorted(self._encoded["train"], key=lambda item: item.length)
+        batches: DataLoader[Any] = DataLoader(
+            ItemDataset(items), batch_size=self.batch_size, collate_fn=self._collate()
         )
         return batches
 
@@ -194,9 +221,13 @@ class TaskDataModule(pl.LightningDataModule):
             ItemDataset(held_out[rank::world_size]),
             batch_size=-(-self.val_batch_size // world_size),
             num_workers=self.num_workers,
-            collate_fn=partial(collate, pad=padding_id(self._tokenizer), every_option=True),
+            collate_fn=self._collate(val_rows=self.val_rows),
         )
         return batches
+
+    def _collate(self, **form: Any) -> Callable[[Sequence[EncodedItem]], dict[str, Tensor]]:
+        choices = self.why_no_choices is None
+        return partial(collate, pad=padding_id(self._tokenizer), choices=choices, **form)
 
     def _held_out(self) -> list[EncodedItem]:
         """Returns the held-out items of this evaluation, task after task."""

@@ -16,12 +16,13 @@ class AnswerScores:
     """Accuracy over all items and by task, with an interval, and the loss of the right answers.
 
     A batch has one row an option: ``item`` [B] numbers its items, ``gold`` [B] marks right answers,
-    ``chooses`` [B] says whether the item is multiple choice, ``task`` [B] is its task.
+    ``chooses`` [B] says whether the item is multiple choice, ``task`` [B] is its task. Rows of
+    right answers are enough where the first token decides; these have ``choices`` [B, C].
 
     Args:
         tasks: names of the labels in ``batch["task"]``.
-        option_score: an option's score is the ``sum`` of its tokens' log-likelihoods, or their
-            ``mean``.
+        option_score: an option's score is the ``sum`` of its tokens' log-likelihoods, their
+            ``mean``, or that of its ``first_token``.
         device: where batches are.
     """
 
@@ -32,14 +33,22 @@ class AnswerScores:
 
     def add(self, batch: Batch, logits: Tensor, losses: Tensor, num_targets: Tensor) -> None:
         """Adds a batch: logits [B, L, V] of its last L positions, losses [B, S] in nats."""
+        right, row = self._judged(batch, logits, losses, num_targets)
+        rows = torch.stack([right, torch.ones_like(right)], dim=1).double()
+        self._counts.index_add_(0, batch["task"][row], rows)
+        self._add_losses(0, losses[batch["gold"]], num_targets[batch["gold"]])
+
+    def _judged(
+        self, batch: Batch, logits: Tensor, losses: Tensor, num_targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Whether each item is answered rightly, and a row of it."""
+        if self.option_score == "first_token":
+            right = first_token_right(logits, batch["labels"], batch["choices"])
+            return right[batch["gold"]], batch["gold"].nonzero().flatten()
         nats = losses.double().sum(1)
         scores = -nats / num_targets.clamp(min=1) if self.option_score == "mean" else -nats
         matches = exact_matches(logits, batch["labels"])
-        marks = (batch["item"], batch["gold"], batch["chooses"])
-        right, first = right_items(scores, matches, *marks)
-        rows = torch.stack([right, torch.ones_like(right)], dim=1).double()
-        self._counts.index_add_(0, batch["task"][first], rows)
-        self._add_losses(0, losses[batch["gold"]], num_targets[batch["gold"]])
+        return right_items(scores, matches, batch["item"], batch["gold"], batch["chooses"])
 
     def add_sampled(self, losses: Tensor, num_targets: Tensor) -> None:
         """Adds right answers, routed by sampling."""
@@ -77,6 +86,33 @@ def exact_matches(logits: Float[Tensor, "B L V"], labels: Int[Tensor, "B S"]) ->
     """
     labels = labels[:, labels.shape[1] - logits.shape[1] :]
     return ((logits.argmax(-1) == labels) | (labels == -100)).all(1)
+
+
+def option_logits(
+    logits: Float[Tensor, "B L V"], labels: Int[Tensor, "B S"], choices: Int[Tensor, "B C"]
+) -> tuple[Float[Tensor, "B C"], Int[Tensor, "B"]]:
+    """The logits of each option's first token at the last position of the prompt, -inf where
+    ``choices`` has -1, and the number of the right option. Logits are of the last L positions.
+    """
+    labels = labels[:, labels.shape[1] - logits.shape[1] :]
+    rows = torch.arange(len(labels), device=labels.device)
+    place = (labels != -100).int().argmax(1)  # the first target is what follows the prompt
+    at_place = logits[rows, place]
+    found = at_place.to(torch.promote_types(at_place.dtype, torch.float32))
+    found = found.gather(1, choices.clamp(min=0)).masked_fill(choices < 0, -torch.inf)
+    return found, (choices == labels[rows, place][:, None]).int().argmax(1)
+
+
+def first_token_right(
+    logits: Float[Tensor, "B L V"], labels: Int[Tensor, "B S"], choices: Int[Tensor, "B C"]
+) -> Bool[Tensor, "B"]:
+    """Whether the right option's first token has the highest logit of all options (the first of
+    equals counts).
+    """
+    scores, gold = option_logits(logits, labels, choices)
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    best, pick = scores.max(1)
+    return (pick == gold) & (best > -torch.inf)
 
 
 def right_items(

@@ -47,7 +47,9 @@ def accuracy_figure(
     fig.add_trace(line(found, "this run", VERMILLION, 2, **DOTS, **bars))
     for number, (name, logged) in enumerate(others.items()):
         if theirs := curve(logged, "val/accuracy"):
-            fig.add_trace(line(theirs, escape_label(name), _color(number), 2, dash="dash", **DOTS))
+            fig.add_trace(
+                line(theirs, escape_label(name), run_color(number), 2, dash="dash", **DOTS)
+            )
     if base is not None:
         dash, color = BASELINE_STYLES[0]
         steps = np.array([0.0, found.steps.max()])
@@ -77,7 +79,7 @@ def answer_loss_figure(
     for number, (name, logged) in enumerate(others.items()):
         if theirs := curve(logged, "val/loss"):
             label = escape_label(f"{name}, validation")
-            fig.add_trace(line(theirs, label, _color(number), 1.5, dash="dash", **DOTS))
+            fig.add_trace(line(theirs, label, run_color(number), 1.5, dash="dash", **DOTS))
     fig.update_yaxes(title_text="nats per answer token")
     fig.update_xaxes(title_text="optimizer step")
     return polish(fig, 400, legend=True).update_layout(margin_t=56)
@@ -88,5 +90,6 @@ def policy_figure(metrics: pd.DataFrame) -> go.Figure | None:
     return panels_figure(metrics, POLICY_PANELS)
 
 
-def _color(number: int) -> str:
+def run_color(number: int) -> str:
+    """The colour of the n-th other run of a job."""
     return COLORS[2:][number % len(COLORS[2:])]

@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from routerlab.reports import accuracy_figures, figures
+from routerlab.reports.alignment import alignment_sections
 from routerlab.reports.run_files import RunFiles, last, number, section
 from routerlab.reports.sections import (
     Section,
@@ -77,6 +78,7 @@ def sections(run: RunFiles) -> Iterator[Section]:
         "Over answer tokens alone; the faint line is each logged step, the bold one its running "
         "mean.",
     )
+    yield from alignment_sections(run)
     if run.summary.get("layers") or figures.support_figure(run.metrics) is not None:
         yield from _routing(run)
     yield from training_sections(run)

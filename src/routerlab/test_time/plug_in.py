@@ -1,5 +1,6 @@
 """What all test-time plug-ins share: they look at a batch, then edit router logits in a pass."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from routerlab.core.routing import RoutingContext
 
-# (layer name, router logits [T, E]) -> logits [T, E] of the same dtype; tokens are batch-major
+# (layer name, router logits [T, E]) -> logits [T, E], float32 or wider; tokens are batch-major
 Edit = Callable[[str, Tensor], Tensor]
 
 
@@ -24,21 +25,47 @@ class Cost:
     tokens: int = 0
     seconds: float = 0.0
 
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Adds the seconds spent inside."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def add(self, passes: int, tokens: int, backward: bool) -> None:
+        """Adds forward passes over ``tokens`` tokens each, and backward passes through them."""
+        self.forward_passes += passes
+        self.backward_passes += passes if backward else 0
+        self.tokens += passes * tokens
+
 
 @runtime_checkable
 class TestTime(Protocol):
     """Decides for each batch how its routing is to be changed. It changes no weight, and what it
     does to one sequence does not depend on the others of the batch or on earlier batches.
+
+    ``every``: tokens that a generation adds before the next adaptation, None for a single one.
+    ``uses_answer``: it looks at what the model is to say, so what comes out is a bound for analysis
+    and no result.
     """
 
     cost: Cost
+    every: int | None
+    uses_answer: bool
 
     def adapt(
-        self, backbone: Any, batch: Mapping[str, Tensor], context: RoutingContext
+        self,
+        backbone: Any,
+        batch: Mapping[str, Tensor],
+        context: RoutingContext,
+        previous: Edit | None = None,
     ) -> Edit | None:
         """The edit for a pass over ``batch["input_ids"]`` [B, S]; None leaves the routing alone.
 
-        Only the prompt (``context.prompt``) may be looked at: the rest is what the model is to say.
+        Only the prompt (``context.prompt``) may be looked at, unless ``uses_answer``. ``previous``
+        is the edit of the same sequences when they were shorter, in a generation.
         """
         ...
 

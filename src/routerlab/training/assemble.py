@@ -17,7 +17,8 @@ from routerlab.objectives.scheduled import fitting
 from routerlab.routers.build import with_balancer
 from routerlab.schedules.layerwise import LayerwiseExperts
 from routerlab.training.build import build_backbone
-from routerlab.training.checks import check_fit, check_kind
+from routerlab.training.checks import check_choices, check_fit, check_kind
+from routerlab.training.initial import start_from
 
 
 def has_tasks(data: Any) -> bool:
@@ -49,8 +50,12 @@ def use_final(data: Any) -> None:
 
 
 def build_objective(cfg: DictConfig, data: Any = None) -> RoutedObjective:
-    """The LightningModule of a config, for the labels and units of its data if there is any."""
+    """The LightningModule of a config, for the labels and units of its data if there is any. Its
+    model starts from the weights of the run ``cfg.init_from``.
+    """
     backbone: Any = build_backbone(cfg)
+    if cfg.get("init_from"):
+        start_from(backbone, cfg.init_from)
     labels: dict[str, Any] = {}
     if data is not None and has_tasks(data):
         check_fit(cfg, data.vocab_size, backbone)
@@ -60,7 +65,7 @@ def build_objective(cfg: DictConfig, data: Any = None) -> RoutedObjective:
         held_out = [data.corpus.meta[unit]["val"] for unit in ("bytes", "tokens")]
         per_token = [num_bytes / tokens for num_bytes, tokens in zip(*held_out, strict=True)]
         labels = {"domains": data.corpus.domains, "bytes_per_token": per_token}
-    return build(
+    objective: Any = build(
         cfg.objective,
         backbone=backbone,
         optimizer=build(cfg.optimizer),
@@ -74,6 +79,9 @@ def build_objective(cfg: DictConfig, data: Any = None) -> RoutedObjective:
         seed=cfg.seed,
         **labels,
     )
+    if data is not None and has_tasks(data):
+        check_choices(objective, data)
+    return objective
 
 
 def _tokenizer(cfg: DictConfig) -> Any:
@@ -81,7 +89,10 @@ def _tokenizer(cfg: DictConfig) -> Any:
     from routerlab.backbones.base_models import find_base
     from routerlab.data.task_batches import load_tokenizer
 
-    return load_tokenizer(find_base(cfg.backbone.path, Path(cfg.backbone.cache_dir)))
+    path = Path(cfg.backbone.path).expanduser()
+    if "cache_dir" in cfg.backbone:  # the path may also be a name
+        path = find_base(cfg.backbone.path, Path(cfg.backbone.cache_dir))
+    return load_tokenizer(path)
 
 
 def build_trainer(

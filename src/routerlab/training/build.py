@@ -1,5 +1,6 @@
 """Models of composed configs."""
 
+import inspect
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,27 +13,36 @@ from routerlab.schedules.layerwise import LayerwiseExperts
 
 
 def build_backbone(cfg: DictConfig) -> nn.Module:
-    """The model of a composed config: freshly initialised, or pretrained and frozen with a fresh
-    adapter (without one, if ``cfg.adapter`` is null: for evaluation alone).
+    """The model of a composed config: freshly initialised, read from where it lies, or pretrained
+    and frozen with a fresh adapter (without one, if ``cfg.adapter`` is null: for evaluation alone).
     """
     name = cfg.backbone["_target_"].rsplit(".", 1)[-1]
+    schedules = build_all(cfg.get("schedule")).values()
+    by_layer = [schedule for schedule in schedules if isinstance(schedule, LayerwiseExperts)]
+    if by_layer and "num_layers" not in cfg.backbone:
+        raise ConfigError(
+            f"schedule: {name} has no layers to build, so experts by layer do not go with it"
+        )
     if takes_adapter(cfg):
-        if any(isinstance(s, LayerwiseExperts) for s in build_all(cfg.get("schedule")).values()):
-            raise ConfigError(
-                f"schedule: {name} has no layers to build, so experts by layer do not go with it"
-            )
         return build(cfg.backbone, adapter=build_adapter(cfg))
-    if cfg.get("router") is None:
+    target, given = locate(cfg.backbone["_target_"]), {}
+    if cfg.get("router") is not None:
+        given["router"] = with_balancer(cfg)
+    elif inspect.signature(target).parameters["router"].default is not None:
         raise ConfigError(f"router: backbone {name} needs one; use router=token_choice")
-    knobs: dict[str, Any] = {}
-    for schedule in build_all(cfg.get("schedule")).values():
-        if isinstance(schedule, LayerwiseExperts):
-            knobs["num_experts"] = schedule(cfg.backbone.num_layers)
-    return build(cfg.backbone, router=with_balancer(cfg), experts=partial(cfg.experts), **knobs)
+    elif cfg.get("balancer"):
+        raise ConfigError("balancer: goes with a router of ours; use balancer=none, or router=NAME")
+    if "experts" in parameters(target):
+        given["experts"] = partial(cfg.experts)
+    for schedule in by_layer:
+        given["num_experts"] = schedule(cfg.backbone.num_layers)
+    return build(cfg.backbone, **given)
 
 
 def takes_adapter(cfg: DictConfig) -> bool:
-    """Whether the backbone is a pretrained model; ConfigError for an adapter of one that is not."""
+    """Whether the backbone is a frozen model that learns by an adapter; ConfigError for an adapter
+    of one that is not.
+    """
     if "adapter" in parameters(locate(cfg.backbone["_target_"])):
         return True
     if cfg.get("adapter"):

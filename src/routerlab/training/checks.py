@@ -65,7 +65,8 @@ def check_trainer(cfg: DictConfig) -> None:
 
 def check_kind(cfg: DictConfig, has_tasks: bool) -> None:
     """Refuses data, objective and backbone that do not speak of the same thing."""
-    pretrained, target = takes_adapter(cfg), locate(cfg.objective["_target_"])
+    takes_adapter(cfg)  # refuses an adapter that is none of the backbone's business
+    pretrained, target = "path" in cfg.backbone, locate(cfg.objective["_target_"])
     if has_tasks and not issubclass(target, FineTune):
         raise ConfigError(
             f"objective {target.__name__}: the data are prompts and answers; use objective=finetune"
@@ -99,13 +100,33 @@ def check_fit(cfg: DictConfig, vocab_size: int, backbone: Any) -> None:
         )
 
 
-def check_trainable(backbone: Any) -> None:
+def check_choices(objective: Any, data: Any) -> None:
+    """Refuses to judge options by their first tokens where these do not tell them apart, and
+    held-out items that have one row each where options are judged otherwise.
+    """
+    needs = objective.needs_choices
+    if needs and data.why_no_choices is not None:
+        raise ConfigError(f"objective.{needs[0]}: {data.why_no_choices}")
+    if data.val_rows == "answer" and objective.option_score != "first_token":
+        raise ConfigError(
+            f"data.val_rows=answer: objective.option_score={objective.option_score} compares the "
+            "rows of all options; use objective.option_score=first_token, or data.val_rows=options"
+        )
+
+
+def check_trainable(cfg: DictConfig, backbone: Any) -> None:
     """Refuses to train a model whose parameters are all frozen."""
-    if not any(parameter.requires_grad for parameter in backbone.parameters()):
+    if any(parameter.requires_grad for parameter in backbone.parameters()):
+        return
+    if takes_adapter(cfg):
         raise ConfigError(
             "adapter: trainable parameters: none, since the base model is frozen; choose one of "
             f"adapter={', '.join(available('adapter'))}"
         )
+    raise ConfigError(
+        f"backbone.trainable={cfg.backbone.get('trainable')}: no parameter learns; use "
+        "backbone.trainable=all, moe, experts, or routers where the router has parameters"
+    )
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

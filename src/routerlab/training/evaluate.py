@@ -10,8 +10,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from routerlab.core.config import ConfigError
-from routerlab.training import assemble
+from routerlab.training import assemble, rerouted
 from routerlab.training.checks import check_trainer
+from routerlab.training.initial import started
 from routerlab.training.run_directory import RunDirectory
 
 
@@ -19,7 +20,7 @@ def load_objective(
     run: RunDirectory, checkpoint: str | None = None, cfg: DictConfig | None = None
 ) -> tuple[Any, Any, Path]:
     """The objective with a checkpoint's weights, its data, and which checkpoint it was."""
-    cfg = run.config if cfg is None else cfg
+    cfg = started(run.config if cfg is None else cfg, run)
     path = Path(checkpoint) if checkpoint else run.newest_checkpoint()[0]
     if path is None or not path.is_file():
         raise ConfigError(f"checkpoint {checkpoint or 'of ' + str(run.path)!r}: there is none")
@@ -36,7 +37,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Validates the run ``cfg.run``; the metrics, also written to ``evaluation.json`` there.
 
     Text: ``cfg.max_val_windows`` held-out windows. Tasks: the items of the run's last evaluation,
-    or the first ``cfg.max_items`` of their split.
+    or the first ``cfg.max_items`` of their split. With ``cfg.test_time`` it is validated twice, and
+    ``test_time`` holds the metrics under changed routing and their cost; of windows of text only
+    what follows the first ``cfg.prompt_share`` counts, both times.
     """
     assemble.quiet()
     run = RunDirectory.existing(cfg.run)
@@ -46,14 +49,27 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         own.data.max_val_windows = cfg.max_val_windows
     if "final_val_items" in own.data and cfg.max_items is not None:
         own.data.final_val_items = cfg.max_items
+    plug_in = rerouted.plug_in_of(cfg)
+    if plug_in is not None:
+        own.trainer.inference_mode = False  # whose tensors know no gradients
     objective, data, path = load_objective(run, cfg.checkpoint, own)
     if assemble.has_tasks(data):
         assemble.use_final(data)
     check_trainer(own)
     trainer = assemble.build_trainer(own, run.path, [], [])
-    trainer.validate(objective, datamodule=data, verbose=False)
+    held_out: dict[str, Any] = {"datamodule": data}
+    if plug_in is not None:
+        held_out = rerouted.with_prompts(cfg, data, trainer)
+
+    def validate() -> float:
+        return rerouted.timed(lambda: trainer.validate(objective, **held_out, verbose=False))
+
+    seconds = validate()
     metrics, distributions = objective.validation_result
     result = {"checkpoint": str(path), "metrics": metrics, "distributions": distributions}
+    if plug_in is not None:
+        changed = rerouted.validate_rerouted(cfg, plug_in, run, objective, data, validate)
+        result |= {"seconds": seconds, "test_time": changed}
     file = run.path / "evaluation.json"
     file.write_text(json.dumps(result, indent=2) + "\n")
     return result | {"file": str(file)}

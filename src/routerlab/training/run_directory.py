@@ -18,7 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from routerlab.core.config import ConfigError
 
 _SUMMARY_LENGTH = 60  # of the overrides in a directory's name
-_UNSAID = ("experiment=", "run_dir=", "paths.", "hydra.", "logger", "callback")
+_UNSAID = (
+    "experiment=", "run_dir=", "paths.", "hydra.", "logger", "callback", "pretrain", "init_from=",
+    "bank=", "embedder=", "baselines", "+baselines",
+)  # fmt: skip
 
 
 def is_main_process() -> bool:
@@ -45,7 +48,8 @@ class RunDirectory:
         when = datetime.now(UTC).strftime("%Y-%m-%d_%H-%M-%S")
         said = [word.split("=", 1) for word in overrides if not word.startswith(_UNSAID)]
         words = "_".join("=".join([key.rsplit(".", 1)[-1], *value]) for key, *value in said)
-        summary = re.sub(r"[^\w.,+]+", "-", words)[:_SUMMARY_LENGTH]
+        # Nothing that hydra would want quoted in init_from=PATH.
+        summary = re.sub(r"[^\w.+]+", "-", words)[:_SUMMARY_LENGTH]
         title = "_".join(filter(None, [when, uuid.uuid4().hex[:6], summary]))
         path = Path(at).expanduser() if at else output_dir.expanduser() / name / title
         if (path / "config.yaml").exists():

@@ -10,7 +10,7 @@ from routerlab.objectives.routed import RoutedObjective
 from routerlab.training.assemble import has_tasks
 from routerlab.training.callbacks.metrics import Metrics
 from routerlab.training.run_directory import RunDirectory
-from routerlab.training.task_results import print_accuracies, task_results
+from routerlab.training.task_results import print_accuracies, print_alignment, task_results
 
 _LAYER = (
     "load_entropy", "max_violation", "mean_entropy", "entropy_of_mean", "mutual_information",
@@ -89,6 +89,7 @@ def print_headline(run: RunDirectory) -> None:
     summary, console = run.read_json("summary.json"), Console()
     if "accuracy" in summary["val"]:
         print_accuracies(summary, console)
+        print_alignment(summary, console)
     else:
         _print_bits(summary, console)
     if (ahead := summary["looks_ahead"]) != "no":

@@ -11,6 +11,7 @@ from routerlab.training.run_directory import RunDirectory
 
 _BY_TASK = "val/accuracy/"
 _INTERVAL = ("accuracy", "accuracy_low", "accuracy_high")
+_OF_RUN = ("parameters", "train_seconds", "alignment")
 _NUMBERS = ("loss", "sampled_loss", *_INTERVAL, "items")
 
 
@@ -37,7 +38,7 @@ def task_results(run: RunDirectory, scalars: dict[str, float]) -> dict[str, Any]
         "val": accuracies(scalars),
         "base": None if base is None else accuracies(base),
         "baselines": {
-            name: summary["val"] | {k: summary[k] for k in ("parameters", "train_seconds")}
+            name: summary["val"] | {k: summary[k] for k in _OF_RUN if k in summary}
             for name, summary in found.items()
         },
     }
@@ -65,3 +66,27 @@ def print_accuracies(summary: dict[str, Any], console: Console) -> None:
     tasks = summary["val"]["by_task"]
     if len(tasks) > 1:
         console.print("by task: " + ", ".join(f"{k} {interval(v)}" for k, v in tasks.items()))
+
+
+def print_alignment(summary: dict[str, Any], console: Console) -> None:
+    """Prints how the training samples were routed before and after, a row for each baseline that
+    knows and for this run; nothing where none does.
+    """
+    rows = {n: row["alignment"] for n, row in summary["baselines"].items() if "alignment" in row}
+    if "alignment" in summary:
+        rows["this run"] = summary["alignment"]
+    if not rows:
+        return
+    table = Table("", title="routing of the training samples, before > after", title_justify="left")
+    columns = {
+        "distance": "distance to\nneighbours",
+        "similarity": "likeness to\nembeddings",
+        "load_entropy": "load entropy\n(nats)",
+        "accuracy": "answered\nrightly",
+    }
+    for name in columns.values():
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, row in rows.items():
+        both = [(row["before"][key], row["after"][key]) for key in columns]
+        table.add_row(name, *(f"{before:.3g} > {after:.3g}" for before, after in both))
+    console.print(table)

@@ -16,7 +16,7 @@ from routerlab.core.config import ConfigError, compose, user_dirs
 from routerlab.core.instantiate import build_all, partial
 from routerlab.objectives.rehearsal import rehearse
 from routerlab.objectives.routed import RoutedObjective
-from routerlab.training import assemble, baselines
+from routerlab.training import alignment, assemble, baselines
 from routerlab.training.callbacks.checkpoint import KeepConfig
 from routerlab.training.callbacks.metrics import Metrics
 from routerlab.training.callbacks.reseed import Reseed
@@ -24,6 +24,7 @@ from routerlab.training.callbacks.validation import MissedValidation
 from routerlab.training.checks import check_trainable, check_trainer, differences
 from routerlab.training.environment import environment
 from routerlab.training.evaluate import evaluate_base
+from routerlab.training.initial import PRETRAIN, check_fit, started
 from routerlab.training.loggers import MetricsFiles
 from routerlab.training.recording import record
 from routerlab.training.run_directory import RunDirectory, is_main_process
@@ -38,17 +39,13 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
 
     Everything that can be known to be wrong raises `ConfigError` or ``ValueError`` before the run
     directory is made. A run that fails later says why in ``status.json`` and keeps its checkpoints.
-    Its baselines are trained first, each as a run of its own in ``baselines/<name>/``.
+    Its pretraining and its baselines are trained first, each as a run of its own in ``pretrain/``
+    and ``baselines/<name>/``.
     """
     assemble.quiet()
     run, cfg, overrides = _resumed(cfg, overrides) if cfg.resume else (None, cfg, overrides)
     plans = baselines.planned(cfg, overrides)
-    for plan in plans:
-        try:
-            _prepared(plan.cfg)
-        except ValueError as error:
-            raise ConfigError(f"baselines.{plan.name}: {error}") from error
-    data, objective = _prepared(cfg)
+    data, objective = _checked(cfg, plans)
     if run is not None:
         _check_corpus(run, data)
     callbacks = build_all(cfg.get("callback"))
@@ -62,7 +59,7 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
         if plans:
             del objective  # two models at once may be one too many
             baselines.train_each(plans, run, train)
-            objective = _prepared(cfg, data)[1]
+            objective = _prepared(started(cfg, run), data)[1]
         _fit(cfg, run, data, objective, callbacks)
     except BaseException as error:
         _close_failed(run, error)
@@ -74,14 +71,41 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
     return run
 
 
+def _checked(cfg: DictConfig, plans: Sequence[baselines.Beside]) -> tuple[Any, RoutedObjective]:
+    """The data and the objective of a run, after those of each run beside it were checked."""
+    weights: dict[str, torch.Tensor] = {}  # that the pretraining will have
+    for plan in plans:
+        try:
+            weights |= _planned_weights(plan, weights)
+        except ValueError as error:
+            raise ConfigError(f"{plan.key}: {error}") from error
+    data, objective = _prepared(cfg)
+    check_fit(PRETRAIN, weights, objective.backbone)
+    return data, objective
+
+
+def _planned_weights(
+    plan: baselines.Beside, pretrained: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Names and shapes (without memory) of what a pretraining will have learned; nothing of a
+    baseline, which must have room for them if it starts from there.
+    """
+    backbone = _prepared(plan.cfg)[1].backbone
+    if plan.after_pretraining:
+        check_fit(PRETRAIN, pretrained, backbone)
+    learned = backbone.state_dict() if plan.place == PRETRAIN else {}
+    return {name: tensor.to("meta") for name, tensor in learned.items()}
+
+
 def _prepared(cfg: DictConfig, data: Any = None) -> tuple[Any, RoutedObjective]:
     """The data and the objective of a run, checked against each other and against the machine."""
     check_trainer(cfg)
     torch.manual_seed(cfg.seed)  # initial weights
     data = assemble.build_data(cfg) if data is None else data
     objective = assemble.build_objective(cfg, data)
-    check_trainable(objective.backbone)
+    check_trainable(cfg, objective.backbone)
     assemble.check_batch(cfg, _world_size(cfg))
+    alignment.check(cfg, objective)
     assemble.check_recipe(cfg, objective)
     assemble.check_schedules(cfg, objective)
     rehearse(objective)
@@ -105,6 +129,8 @@ def _fit(
     first.append(KeepConfig(cfg, assemble.corpus_identity(data)))
     callbacks = [*first, *extra.values()]
     trainer = assemble.build_trainer(cfg, run.path, callbacks, loggers)
+    device = trainer.strategy.root_device
+    alignment.prepare(cfg, run, data, objective, device)
     start = _start(run, files)
     objective.train()  # pretrained models come in evaluation mode, and lightning leaves them so
     try:
@@ -119,7 +145,8 @@ def _fit(
     assemble.use_final(data)
     trainer.validate(objective, datamodule=data, verbose=False)
     if trainer.is_global_zero:
-        run.write_json("summary.json", summarize(run, data, objective, metrics, trainer))
+        aligned = alignment.outcome(data, objective, device)
+        run.write_json("summary.json", summarize(run, data, objective, metrics, trainer) | aligned)
         if cfg.trace_sequences:
             record(cfg, run, data, objective)
         if hasattr(objective.backbone, "save_adapter"):

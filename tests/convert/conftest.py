@@ -1,0 +1,1 @@
+from tests.helpers.fixtures import seeded as seeded
