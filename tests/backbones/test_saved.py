@@ -149,7 +149,7 @@ def cut(path: Path) -> None:
         (lambda d: (d / "backbone.yaml").unlink(), "no saved decoder .it has no backbone.yaml"),
         (lambda d: (d / "backbone.yaml").write_text("{a: [1"), "backbone.yaml: cannot be read"),
         (lambda d: (d / "backbone.yaml").write_text("- 1"), "backbone.yaml: "),
-        (lambda d: edit(d, decoder={"width": 3}), "backbone.yaml: decoder: .*'width'"),
+        (lambda d: edit(d, decoder={"width": 3}), "backbone.yaml: decoder: "),
         (lambda d: edit(d, format=2), "format=2, with .*must be format 1"),
         (lambda d: edit(d, balancer=BIAS), "tensors are missing, too many or of another shape"),
         (lambda d: (d / "tokenizer.json").write_text("{"), "its tokenizer cannot be read"),

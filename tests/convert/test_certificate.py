@@ -57,7 +57,7 @@ def seen(scale: float = 1.0, picks: tuple[int, ...] = (0, 1)) -> Seen:
     [
         (seen(), []),
         (seen(1 + 5e-5), []),
-        (seen(1 + 2e-4), ["layer 0: hidden states differ", "logits differ by 0.0002"]),
+        (seen(1 + 2e-4), ["layer 0: hidden states differ", "logits differ by 0.0002 of a token"]),
         (seen(float("nan")), ["layer 0: hidden states differ by nan", "logits differ by nan"]),
         (seen(picks=(0, 2)), ["layer 0: 50.0% of the tokens use other experts"]),
         (Seen([torch.ones(1, 2, 3)], {}, torch.ones(1, 2, 3)), []),

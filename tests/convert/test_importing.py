@@ -213,3 +213,14 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="theirs': exists already and is not an empty directory"):
         import_model(str(tmp_path / "theirs"), tmp_path / "theirs", tmp_path)
     assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == before
+
+
+def test_other_files_than_safetensors_are_refused(tmp_path: Path) -> None:
+    model = tiny_checkpoint("mixtral")
+    model.config.save_pretrained(tmp_path / "theirs")
+    torch.save(model.state_dict(), tmp_path / "theirs" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="only weights in safetensors files are converted"):
+        import_model(str(tmp_path / "theirs"), tmp_path / "ours", tmp_path)
+    (tmp_path / "theirs" / "pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match="config.json but no weights"):
+        import_model(str(tmp_path / "theirs"), tmp_path / "ours", tmp_path)

@@ -132,7 +132,8 @@ def weight_files(path: str, directory: Path) -> list[Path]:
     elif not files[0].exists():
         if not list(directory.glob("*.bin")):
             raise ValueError(
-                f"path={path!r}: no base model found there: it has config.json but no weights; {_WHERE}"
+                f"path={path!r}: no base model found there: it has config.json but no weights; "
+                f"{_WHERE}"
             )
         files = []
     for file in files:

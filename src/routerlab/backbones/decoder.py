@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from routerlab.backbones.attention import Attention, padding_mask, rotary_tables
+from routerlab.backbones.trunk_cache import TrunkCache
 from routerlab.core.checks import within
 from routerlab.core.protocols import Experts, Router
 from routerlab.core.routing import RouterOutput, RoutingContext
@@ -128,6 +129,7 @@ class Decoder(nn.Module):
             name if count else None for name, count in zip(names, experts_of, strict=True)
         ]
         self.layer_names = [name for name in self._names if name is not None]
+        self._trunk: TrunkCache | None = None
 
     def forward(
         self,
@@ -147,11 +149,15 @@ class Decoder(nn.Module):
         if context is None:
             context = RoutingContext(batch_size, length)
         context = replace(context, token_ids=input_ids.reshape(-1))
-        mask = padding_mask(context)
-        x = self.embed_tokens(input_ids)
-        rotary = (self.cos[:length], self.sin[:length])
+        mask, rotary = padding_mask(context), (self.cos[:length], self.sin[:length])
         router_outputs: dict[str, RouterOutput] = {}
-        for index, (name, block) in enumerate(zip(self._names, self.layers, strict=True)):
+        blocks = list(enumerate(zip(self._names, self.layers, strict=True)))
+        if self._trunk is None:
+            x = self.embed_tokens(input_ids)
+        else:
+            blocks = blocks[self._trunk.depth :]
+            x = self._trunk(input_ids, _real(input_ids, context.valid), self._below)
+        for index, (name, block) in blocks:
             args = (x, rotary, context.at_layer(index), mask)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # Sampling routers draw from context.seed, so no generator state is to be kept.
@@ -161,6 +167,36 @@ class Decoder(nn.Module):
             if name is not None:
                 router_outputs[name] = output
         return BackboneOutput(self.lm_head(self.norm(x[:, -logits_to_keep:])), router_outputs)
+
+    def keep_trunk(self) -> None:
+        """From now on what the frozen dense layers below the first other one make of a sequence is
+        kept in memory (`TrunkCache`): worth it where the same sequences come again and again.
+
+        Raises ValueError where there is no such layer.
+        """
+        learns = [any(p.requires_grad for p in block.parameters()) for block in self.layers]
+        others = [
+            name is not None or found for name, found in zip(self._names, learns, strict=True)
+        ]
+        depth = 0 if self.embed_tokens.weight.requires_grad else others.index(True)
+        if not depth:
+            raise ValueError(
+                "keep_trunk=true: no frozen dense layer is below the first one that learns or "
+                "routes; use keep_trunk=false"
+            )
+        self._trunk = TrunkCache(depth)
+
+    def _below(
+        self, input_ids: Int[Tensor, "B S"], valid: Bool[Tensor, "B S"]
+    ) -> Float[Tensor, "B S D"]:
+        """The hidden states above the layers whose work is kept."""
+        batch_size, length = input_ids.shape
+        context = RoutingContext(batch_size, length, valid=valid.reshape(-1))
+        mask, rotary = padding_mask(context), (self.cos[:length], self.sin[:length])
+        x = self.embed_tokens(input_ids)
+        for block in self.layers[: cast(TrunkCache, self._trunk).depth]:
+            x, _ = block(x, rotary, context, mask)
+        return x
 
     @property
     def moe_layers(self) -> dict[str, Any]:
@@ -215,6 +251,12 @@ class Block(nn.Module):
         else:
             y = cast(DenseSwiGLU, self.mlp)(normalized)
         return x + y, output
+
+
+def _real(input_ids: Int[Tensor, "B S"], valid: Bool[Tensor, "T"] | None) -> Bool[Tensor, "B S"]:
+    if valid is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    return valid.view_as(input_ids)
 
 
 def _head_width(d_model: int, num_heads: int, num_kv_heads: int, head_dim: int | None) -> int:

@@ -15,7 +15,8 @@ _PROBES = 64  # random tokens on which a law and a router must agree
 
 @dataclass(frozen=True)
 class Law:
-    """What a family makes of logits in float32: bit for bit what its own router does.
+    """What a family makes of logits in float32: bit for bit what its own router does (but for the
+    sigmoids under autocast, which transformers takes in bfloat16).
 
     ``select(router, logits)`` gives the weights [T K] and the experts [T K]; ``probs(logits)`` the
     full distribution [T E] before the choice.

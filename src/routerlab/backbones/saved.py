@@ -75,6 +75,7 @@ def load_decoder(
     trainable_layers: int | Sequence[int] | None = None,
     dispatch: str = "autograd",
     activation_checkpointing: bool = False,
+    keep_trunk: bool = False,
 ) -> Decoder:
     """The decoder that `save_decoder` wrote, with its tokenizer (or None) as ``.tokenizer``.
 
@@ -85,6 +86,7 @@ def load_decoder(
             gate's weights, mostly); the log tells which were not. None: the saved routers.
         trainable, trainable_layers: see `train_part`.
         dispatch, activation_checkpointing: see `Decoder`.
+        keep_trunk: see `Decoder.keep_trunk`.
 
     Raises ValueError for a directory that holds no decoder, or only a part of one.
     """
@@ -103,6 +105,8 @@ def load_decoder(
     _put_weights(decoder, tensors, str(folder / WEIGHTS))
     decoder.tokenizer = read_tokenizer(folder)  # type: ignore[assignment]
     train_part(decoder, trainable, trainable_layers)
+    if keep_trunk:
+        decoder.keep_trunk()
     return decoder
 
 

@@ -43,11 +43,13 @@ def upcycled(
     trainable_layers: int | Sequence[int] | None = None,
     dispatch: str = "autograd",
     activation_checkpointing: bool = False,
+    keep_trunk: bool = False,
 ) -> Decoder:
     """A `Decoder` with the weights and the tokenizer of the dense model that ``path`` names
     (`load_base`), and mixtures of experts in ``layers`` (`upcycle`), in evaluation mode. ``layers``
     takes a number (the last n), a list of layer numbers from 0, or None (all); ``trainable`` and
-    ``trainable_layers`` say what learns (`train_part`). Weights are float32.
+    ``trainable_layers`` say what learns (`train_part`), ``keep_trunk`` whether what the frozen
+    layers below make of a sequence is kept (`Decoder.keep_trunk`). Weights are float32.
     """
     model, tokenizer = load_base(path, Path(cache_dir), torch.float32)
     decoder, _ = upcycle(
@@ -63,6 +65,8 @@ def upcycled(
     )
     decoder.tokenizer = tokenizer
     train_part(decoder, trainable, trainable_layers)
+    if keep_trunk:
+        decoder.keep_trunk()
     return decoder.eval()
 
 

@@ -120,13 +120,15 @@ class Certificate:
 
     def _differences(self, comparison: Comparison) -> Table:
         table = Table("", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for column in ("largest value", "largest difference", "same experts"):
+        columns = ["largest value", "largest difference", "of a token's largest"]
+        for column in columns + ["same experts"] * bool(comparison.agreement):
             table.add_column(column, justify="right")
-        for i, seen in enumerate(comparison.hidden):
-            share = f"{comparison.agreement[i]:.1%}" if i in comparison.agreement else "-"
-            table.add_row(f"layer {i}", f"{seen.size:.3g}", f"{seen.largest:.1e}", share)
-        logits = comparison.logits
-        table.add_row("logits", f"{logits.size:.3g}", f"{logits.largest:.1e}", "")
+        seen = {f"layer {i}": found for i, found in enumerate(comparison.hidden)}
+        for i, (name, found) in enumerate((seen | {"logits": comparison.logits}).items()):
+            share = comparison.agreement.get(i)
+            same = [] if share is None else [f"{share:.1%}"]
+            figures = (f"{found.size:.3g}", f"{found.largest:.1e}", f"{found.relative:.1e}")
+            table.add_row(name, *figures, *same)
         return table
 
 
