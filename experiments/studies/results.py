@@ -18,7 +18,7 @@ Row = dict[str, Any]
 HEADLINES = ("bits_per_byte", "accuracy")
 FIRST = ["arm", "seed", "state", "looks_ahead", *HEADLINES]
 _LEAST_SUPPORT = re.compile(r"router/(?!mean/).*/probs_ess_min")  # of any token in training
-_OF_RUN = ("seed", "data.seed", "run_dir", "adapter.adapt_from")
+_OF_RUN = ("seed", "data.seed", "backbone.seed", "run_dir", "adapter.adapt_from", "init_from")
 _SHARED = ("data.", "trainer.", "optimizer.")  # what arms must agree in, unless they say otherwise
 
 
@@ -60,6 +60,9 @@ def read_run(path: Path) -> Row:
     found |= {f"accuracy_of_{k}": v["accuracy"] for k, v in _by_task(summary).items()}
     if summary.get("base"):
         found["base_accuracy"] = summary["base"]["accuracy"]
+    if aligned := summary.get("alignment"):
+        found |= {f"distance_{when}": aligned[when]["distance"] for when in ("before", "after")}
+        found["routing_similarity"] = aligned["after"]["similarity"]
     found |= _of_last(rows, "val/router/mean/")  # of the curve: some are not in the summary
     metrics = layers[0].keys() - {"layer"} if layers else ()
     found |= {k: _mean(layer[k] for layer in layers) for k in metrics}

@@ -85,9 +85,8 @@ def fitting_family(anatomy: Anatomy, wanted: str = "auto") -> Family:
 
 def _read_mixtral(config: Any) -> tuple[Arguments, Law]:
     experts = [config.num_local_experts] * config.num_hidden_layers
-    return {"d_ff": config.intermediate_size, "num_experts": experts}, Law(
-        config.num_experts_per_tok
-    )
+    law = Law(config.num_experts_per_tok)
+    return {"d_ff": config.intermediate_size, "num_experts": experts}, law
 
 
 def _write_mixtral(anatomy: Anatomy) -> dict[str, Any]:
@@ -199,11 +198,10 @@ def _write_glm4(anatomy: Anatomy) -> dict[str, Any]:
 
 
 def _read_ernie(config: Any) -> tuple[Arguments, Law]:
-    layers = range(config.num_hidden_layers)
     routed = [
         (i + 1) % config.moe_layer_interval == 0
         and config.moe_layer_start_index <= i <= config.moe_layer_end_index
-        for i in layers
+        for i in range(config.num_hidden_layers)
     ]
     arguments = {
         "d_ff": config.moe_intermediate_size,
@@ -285,12 +283,7 @@ FAMILIES = {
             bias=_CORRECTION,
         ),
         Family(
-            "dots1",
-            _DOTS1,
-            _read_glm4,
-            _write_dots1,
-            shared="shared_experts",
-            bias=_CORRECTION,
+            "dots1", _DOTS1, _read_glm4, _write_dots1, shared="shared_experts", bias=_CORRECTION
         ),
         Family(
             "ernie4_5_moe",
