@@ -11,7 +11,6 @@ from torch import nn
 from routerlab.bench.adapter_contestants import (
     LORA,
     SOFT,
-    Batches,
     activated_rank,
     build_lora,
     build_method,
@@ -29,6 +28,7 @@ from routerlab.bench.adapters import (
     sample_goal,
 )
 from routerlab.bench.command import main
+from routerlab.bench.fine_tuning import Batches
 from routerlab.bench.layer import Settings
 from routerlab.bench.memory import live_saved_mib, saved_mib
 from routerlab.bench.timing import Ratio

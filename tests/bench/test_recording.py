@@ -9,9 +9,10 @@ import torch
 from routerlab.bench import recording
 from routerlab.bench.command import main
 from routerlab.bench.layer import Settings
-from routerlab.bench.recording import GOAL, RecordingSizes, bench_recording
+from routerlab.bench.moe_sizes import MoeSizes
+from routerlab.bench.recording import GOAL, bench_recording
 
-SMALL = RecordingSizes(2, 16, 8, 4, 2, 2, 32, batch_size=4, sequence_length=8)
+SMALL = MoeSizes(2, 16, 8, 4, 2, 2, 32, batch_size=4, sequence_length=8)
 
 
 def test_rows_are_of_equal_passes() -> None:

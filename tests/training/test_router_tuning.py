@@ -19,7 +19,7 @@ from routerlab.training.run_directory import RunDirectory
 from routerlab.training.summary import print_headline
 from routerlab.training.train import train
 from tests.helpers.embedders import save_tiny_embedder
-from tests.helpers.language_models import save_tiny
+from tests.helpers.language_models import save_tiny, tiny_llama
 
 BEFORE = (
     "pretrain=['objective=finetune','objective.option_score=first_token',"
@@ -68,7 +68,7 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def words(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """Command-line words of a run of seconds, with any others added."""
-    base = save_tiny(tmp_path_factory.mktemp("base"))
+    base = save_tiny(tmp_path_factory.mktemp("base"), tiny_llama(num_hidden_layers=3))
     embedder = save_tiny_embedder(tmp_path_factory.mktemp("embedder"))
     where = [
         f"backbone.path={base}",
@@ -116,7 +116,7 @@ def test_all_start_from_the_pretraining_and_tune_routers_alone(aligned_run: Path
     for run in (aligned_run, aligned_run / "baselines" / "router_tuning"):
         after = weights(run)
         changed = {name for name in before if not torch.equal(before[name], after[name])}
-        assert changed == {f"layers.{i}.moe.router.gate.weight" for i in range(2)}
+        assert changed == {f"layers.{i}.moe.router.gate.weight" for i in (1, 2)}
         saved = torch.load(run / "checkpoints" / "step_000004.ckpt", weights_only=True)
         assert set(saved["state_dict"]) == {f"backbone.{name}" for name in changed}
 
@@ -229,11 +229,11 @@ ALONE = ("pretrain=[]", "~baselines")
         ([*ALONE, "pretrain=[1]"], "pretrain=[1]: must be a list of overrides"),
         (
             [*ALONE, BEFORE[:-1] + ",'backbone.num_experts=2']"],
-            "pretrain: layers.0.moe.router.gate.weight is [2, 32] there and [4, 32] in this model",
+            "pretrain: layers.1.moe.router.gate.weight is [2, 32] there and [4, 32] in this model",
         ),
         (
             ["+baselines.other=['backbone.num_experts=2']"],
-            "baselines.other: pretrain: layers.0.moe.router.gate.weight is [4, 32] there",
+            "baselines.other: pretrain: layers.1.moe.router.gate.weight is [4, 32] there",
         ),
         ([*ALONE, "backbone.trainable=moe"], "objective=routing_alignment: trains routers alone"),
         ([*ALONE, "bank=/nowhere"], "bank='/nowhere': not a readable neighbour bank"),

@@ -2,26 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
 
 from routerlab.backbones.pretrained import PretrainedLM
 from routerlab.bench.adapter_sizes import AdapterSizes
+from routerlab.bench.fine_tuning import NUM_TASKS, Batches, Contestant
 from routerlab.core.config import ConfigError, available, compose, nearest
-from routerlab.core.instantiate import build, build_all
-from routerlab.objectives.finetune import FineTune
-from routerlab.objectives.step import Batch
+from routerlab.core.instantiate import build
 from routerlab.training.build import build_adapter
 
 SOFT = "soft"  # LoRAs on the feed-forward linears, top-k weights: what ReMix is measured against
 LORA = "lora"
-NUM_TASKS = 4
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -78,121 +74,12 @@ def random_base(sizes: AdapterSizes) -> Iterator[Path]:
         yield Path(folder)
 
 
-class Batches:
-    """Batches of prompts and answers, padded on the left; rows are three quarters full or more,
-    and the answer is what lies in the last quarter.
-    """
-
-    def __init__(self, sizes: AdapterSizes, device: torch.device, seed: int) -> None:
-        self.sizes, self.device = sizes, device
-        self._generator = torch.Generator(device).manual_seed(seed)
-        self.draws, self.batch = 0, {}
-        self.draw()
-
-    def draw(self) -> None:
-        """A new batch, and so a new routing."""
-        rows, length = self.sizes.batch_size, self.sizes.sequence_length
-        draw = partial(torch.randint, generator=self._generator, device=self.device)
-        tokens = draw(0, self.sizes.vocab_size, (rows, length + 1))
-        place = torch.arange(length, device=self.device)
-        valid = place >= draw(0, length // 4 + 1, (rows, 1))
-        prompt = (place < length - length // 4) & valid
-        tasks = torch.arange(rows, device=self.device) % NUM_TASKS
-        self.draws += 1
-        self.batch: Batch = {
-            "input_ids": tokens[:, :-1],
-            "labels": tokens[:, 1:].masked_fill(prompt | ~valid, -100),
-            "valid": valid,
-            "prompt": prompt,
-            "task": tasks,
-            "domain": tasks,
-        }
-
-
-class Contestant:
-    """A base model with an adapter, and its training steps: gradients as the objective takes them,
-    then the optimizer; clipping, logging and schedules left out.
-    """
-
-    def __init__(
-        self,
-        base: Path,
-        adapter: Any,
-        batches: Batches,
-        cfg: DictConfig,
-        losses: bool = True,
-        **knobs: Any,
-    ) -> None:
-        backbone = PretrainedLM(str(base), base, adapter)
-        made = build(
-            cfg.objective,
-            backbone=backbone.to(batches.device),
-            optimizer=build(cfg.optimizer),
-            losses=build_all(cfg.get("loss")) if losses else {},
-            diagnostics={},
-            domains=[str(task) for task in range(NUM_TASKS)],
-            **knobs,
-        )
-        assert isinstance(made, FineTune)
-        self.objective, self.batches = made, batches
-        self.optimizer = made.recipe.build(made, 1000)[0]
-        made.train()
-
-    @property
-    def backbone(self) -> PretrainedLM:
-        """The model."""
-        model: Any = self.objective.backbone
-        return model
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """All of the model, frozen ones too."""
-        return list(self.objective.parameters())
-
-    @property
-    def trainable(self) -> int:
-        """Number of parameters that learn."""
-        return sum(p.numel() for p in self.parameters if p.requires_grad)
-
-    def step(self) -> object:
-        """One training step on the batch that was drawn last."""
-        batch, objective = self.batches.batch, self.objective
-        self.optimizer.zero_grad()
-        context = objective.context(batch, self.batches.draws, 0)
-        terms, _, _ = objective.accumulate([batch], [context], due=False)
-        self.optimizer.step()
-        return terms
-
-    def forget(self) -> None:
-        """Lets go of what the last step left: gradients and records."""
-        self.optimizer.zero_grad()
-        state = getattr(self.backbone.model.base_model, "state", None)
-        if state is not None:
-            state.records = {}
-
-    @torch.no_grad()
-    def run(self) -> Tensor:
-        """The logits of the batch, in the mode that the model is in."""
-        batch = self.batches.batch
-        context = self.objective.context(batch, self.batches.draws, 0)
-        return self.objective.run(batch, context).logits
-
-    @torch.no_grad()
-    def picks(self) -> float:
-        """Experts that a real token uses, on average over layers."""
-        batch = self.batches.batch
-        context = self.objective.context(batch, self.batches.draws, 0)
-        records = self.objective.run(batch, context).router_outputs.values()
-        found = sum(len(record.token_indices) for record in records)
-        return found / max(1, len(records) * int(batch["valid"].sum()))
-
-
 def build_method(
     name: str, sizes: AdapterSizes, base: Path, batches: Batches, **knobs: Any
 ) -> Contestant:
     """The contestant of a name from `method_names`; ``knobs`` are the objective's."""
     cfg = method_config(name, sizes)
-    return Contestant(base, build_adapter(cfg), batches, cfg, **knobs)
+    return Contestant(_adapted(base, build_adapter(cfg)), batches, cfg, **knobs)
 
 
 def build_lora(like: Contestant, rank: int, base: Path) -> Contestant:
@@ -206,7 +93,7 @@ def build_lora(like: Contestant, rank: int, base: Path) -> Contestant:
     cfg.adapter.r, cfg.adapter.lora_dropout = rank, theirs.lora_dropout
     cfg.adapter.target_modules = sorted({*mixed, *plain})
     adapter = build(cfg.adapter, rank_pattern=dict.fromkeys(plain, theirs.r))
-    return Contestant(base, adapter, like.batches, cfg)
+    return Contestant(_adapted(base, adapter), like.batches, cfg)
 
 
 def activated_rank(contestant: Contestant, picks: float) -> int:
@@ -218,6 +105,10 @@ def activated_rank(contestant: Contestant, picks: float) -> int:
     if config.experts == "shared_a":
         return round(config.r * (1 + picks) / 2)
     return config.r if config.experts in ("core", "skills") else max(1, round(picks * config.r))
+
+
+def _adapted(base: Path, adapter: Any) -> PretrainedLM:
+    return PretrainedLM(str(base), base, adapter)
 
 
 @cache

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from routerlab.backbones.hugging_face import HuggingFaceMoE
 from routerlab.bench.layer import Settings
+from routerlab.bench.moe_sizes import MoeSizes
 from routerlab.bench.report import dropped, environment, number
 from routerlab.bench.timing import Ratio, interleave
 from routerlab.core.routing import RoutingContext
@@ -20,43 +21,6 @@ GOAL = 1.05  # times the plain model's forward pass
 _COLUMNS = ("", "x plain", "quartiles", "ms", "goal", "met")
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class RecordingSizes:
-    """An OLMoE of random weights, and a batch."""
-
-    num_layers: int = 8
-    d_model: int = 256
-    d_ff: int = 128
-    num_experts: int = 16
-    top_k: int = 4
-    num_heads: int = 4
-    vocab_size: int = 512
-    batch_size: int = 8
-    sequence_length: int = 64
-
-    def __str__(self) -> str:
-        return (
-            f"OLMoE, {self.num_layers} layers, D={self.d_model}, F={self.d_ff}, "
-            f"E={self.num_experts}, K={self.top_k}, "
-            f"{self.batch_size} x {self.sequence_length} tokens"
-        )
-
-    def config(self) -> dict[str, Any]:
-        """The config of transformers."""
-        return {
-            "model_type": "olmoe",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.d_model,
-            "intermediate_size": self.d_ff,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_heads,
-            "num_experts": self.num_experts,
-            "num_experts_per_tok": self.top_k,
-            "eos_token_id": None,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +55,7 @@ class RecordingRow:
 
 
 def bench_recording(
-    sizes: RecordingSizes, settings: Settings, progress: Progress = lambda text: None
+    sizes: MoeSizes, settings: Settings, progress: Progress = lambda text: None
 ) -> list[RecordingRow]:
     """A row each for a forward pass, one over padded sequences, and a forward and backward pass."""
     torch.manual_seed(settings.seed)
@@ -135,7 +99,7 @@ def bench_recording(
 class _Work:
     """A batch, drawn anew before each sample; half of its sequences may be half padding."""
 
-    def __init__(self, sizes: RecordingSizes, device: torch.device) -> None:
+    def __init__(self, sizes: MoeSizes, device: torch.device) -> None:
         self.shape, self.symbols = (sizes.batch_size, sizes.sequence_length), sizes.vocab_size
         lengths = torch.full((sizes.batch_size, 1), sizes.sequence_length)
         lengths[::2] //= 2
@@ -159,7 +123,7 @@ class _Work:
         return {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
-def recording_table(sizes: RecordingSizes, rows: list[RecordingRow]) -> Table:
+def recording_table(sizes: MoeSizes, rows: list[RecordingRow]) -> Table:
     """A row each kind of pass."""
     notes = ["x plain: time with records over that of the same model without"]
     table = Table(title=str(sizes), caption="\n".join(notes + dropped(rows)), box=box.SIMPLE_HEAD)
@@ -174,7 +138,7 @@ def recording_table(sizes: RecordingSizes, rows: list[RecordingRow]) -> Table:
 
 
 def recording_json(
-    sizes: RecordingSizes, rows: list[RecordingRow], settings: Settings
+    sizes: MoeSizes, rows: list[RecordingRow], settings: Settings
 ) -> dict[str, Any]:
     """Everything that was measured, and where."""
     found = {"environment": environment(settings), "sizes": asdict(sizes)}
