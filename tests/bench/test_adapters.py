@@ -238,7 +238,7 @@ def test_bad_arguments(arguments, message, capsys):
 
 
 def test_sizes_of_a_base_with_changes():
-    assert sizes_of("smollm2", {"num_layers": 2, "r": None}).num_layers == 2
+    assert sizes_of("smollm2", {"num_layers": 2}).num_layers == 2
     assert sizes_of("smollm2", {}) == BASES["smollm2"]
     with pytest.raises(ValueError, match="base='gpt': must be among small, smollm2"):
         sizes_of("gpt", {})

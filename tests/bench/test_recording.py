@@ -37,12 +37,10 @@ def test_padding_is_the_same_for_both() -> None:
     assert not torch.equal(work.ids, before)
 
 
-def test_the_command_writes_its_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(recording, "RecordingSizes", lambda: SMALL)
+def test_the_command_writes_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "found.json"
-    assert main(["recording", "--seconds", "0.001", "--json", str(file)]) == 0
+    sizes = ["--num-layers=1", "--d-model=16", "--num-experts=4", "--sequence-length=8"]
+    assert main(["recording", *sizes, "--seconds", "0.001", "--json", str(file)]) == 0
     found = json.loads(file.read_text())
     assert len(found["rows"]) == 3
     assert found["sizes"]["num_experts"] == 4

@@ -11,7 +11,8 @@ from routerlab.analysis.neighbour_bank import NeighbourBank
 from routerlab.backbones.hugging_face import HuggingFaceMoE
 from routerlab.core.routing import RoutingContext
 from routerlab.test_time.c3po import NeighbourMixing, mixed
-from routerlab.test_time.plug_in import rerouting
+from routerlab.test_time.generation import generate
+from routerlab.test_time.plug_in import edited, rerouting
 from tests.helpers.language_models import VOCAB, tiny_tokenizer
 from tests.helpers.models import tiny_decoder
 from tests.helpers.moe_models import tiny_config
@@ -66,12 +67,11 @@ def test_a_mixture_has_its_logits() -> None:
     wanted = (1 - alpha) * z.softmax(-1) + alpha * neighbours
     found = mixed(z, neighbours, alpha)
     torch.testing.assert_close(found.softmax(-1), wanted)
-    torch.testing.assert_close(found[0], z[0])
+    assert torch.equal(found[0], z[0])
     scores = z.sigmoid()
     found = mixed(z, neighbours, 0.5 * torch.ones(3, 1), "sigmoid").sigmoid()
     share = 0.5 * scores / scores.sum(1, keepdim=True) + 0.5 * neighbours
-    expected = (share * scores.sum(1, keepdim=True)).clamp(max=1 - 1e-6)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, share * scores.sum(1, keepdim=True))
 
 
 def test_the_last_prompt_token_takes_the_neighbours_routing() -> None:
@@ -102,7 +102,15 @@ def test_neighbours_are_weighted_by_the_kernel() -> None:
     torch.testing.assert_close(moved.router_probs[11], wanted, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
+def test_sigmoids_that_reach_their_bound_keep_their_proportions() -> None:
+    z, neighbours = torch.full((1, 8), 1.0), torch.tensor([[0.86, *[0.02] * 7]])
+    found = mixed(z, neighbours, torch.full((1, 1), 0.9), "sigmoid").sigmoid()
+    wanted = 0.1 / 8 + 0.9 * neighbours
+    assert float(found.max()) == pytest.approx(0.999)
+    torch.testing.assert_close(found / found.sum(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "glm4_moe"])
 def test_wrapped_models_mix_by_their_own_scores(family: str) -> None:
     torch.manual_seed(0)
     wrapped = HuggingFaceMoE(config=tiny_config(family), trainable="none").eval()
@@ -125,7 +133,7 @@ def test_a_prompt_without_neighbours_stays_as_it_is() -> None:
     plain = decoder(batch["input_ids"], context).logits
     plug_in = mixing(kind="ball", epsilon=0.999, sigma=0.01)
     with rerouting(plug_in, decoder, batch, context):
-        torch.testing.assert_close(decoder(batch["input_ids"], context).logits, plain)
+        assert torch.equal(decoder(batch["input_ids"], context).logits, plain)
     assert plug_in.cost.seconds > 0
 
 
@@ -133,6 +141,31 @@ def test_generated_tokens_are_left_alone() -> None:
     decoder, (batch, context) = model(), questions()
     edit, logits = mixing().adapt(decoder, batch, context), torch.zeros(2, 4)
     assert edit("layers.00.moe", logits) is logits
+    longer = edit("layers.00.moe", torch.zeros(2 * 9, 4))  # the text read again, two tokens on
+    assert longer.any(1).nonzero().flatten().tolist() == [4, 9 + 4]
+
+
+def test_a_cache_says_what_full_passes_say() -> None:
+    torch.manual_seed(0)
+    wrapped = HuggingFaceMoE(config=tiny_config("olmoe"), trainable="none").eval()
+    wrapped.tokenizer = tiny_tokenizer()
+    layers = dict.fromkeys(wrapped.layer_names, 8)
+    known = bank((True,), embeddings=torch.zeros(1, 1), layers=layers,
+                 routing=torch.eye(8)[[6, 1, 3]].view(1, -1))  # fmt: skip
+    plug_in = NeighbourMixing(alpha=0.9)
+    plug_in.use_bank(known, length_of)
+    ids = torch.tensor([[1, 1, 7, 9, 8], [12, 5, 6, 11, 4]])
+    valid = torch.tensor([[False, False, True, True, True], [True] * 5])
+    found = generate(wrapped, ids, valid, 6, plug_in)
+    context = RoutingContext(2, 5, valid=valid.flatten(), prompt=valid.flatten())
+    edit = plug_in.adapt(wrapped, {"input_ids": ids}, context)
+    for _ in range(6):
+        told = RoutingContext(*ids.shape, valid=valid.flatten())
+        with torch.no_grad(), edited(wrapped, edit):
+            logits = wrapped(ids, told, logits_to_keep=1).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+        valid = torch.cat([valid, valid.new_ones(2, 1)], dim=1)
+    assert torch.equal(found, ids)
 
 
 def test_what_it_needs() -> None:

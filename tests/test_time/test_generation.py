@@ -142,6 +142,17 @@ def test_phases_go_on_from_each_other_unless_reset() -> None:
     assert moved != fresh
 
 
+def test_it_learns_inside_inference_mode_too() -> None:
+    model, (ids, valid) = wrapped(), ragged()
+    outside, inside = Watched(every=3), Watched(every=3)
+    wanted = generate(model, ids, valid, 6, outside)
+    with torch.inference_mode():
+        assert torch.equal(generate(model, ids.clone(), valid.clone(), 6, inside), wanted)
+    for one, other in zip(outside.edits, inside.edits, strict=True):
+        assert any(vectors.any() for vectors in one.by_layer.values())
+        assert all(torch.equal(other.by_layer[n], v) for n, v in one.by_layer.items())
+
+
 def test_text_that_ends_in_padding_does_not_go_on() -> None:
     ids, valid = ragged()
     with pytest.raises(ValueError, match="padding must be on the left"):

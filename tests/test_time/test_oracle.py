@@ -40,6 +40,7 @@ def test_right_answers_become_likelier() -> None:
     assert (moved[gold] < plain[gold]).all()
     assert torch.equal(losses(), plain)
     assert (plug_in.cost.forward_passes, plug_in.cost.backward_passes) == (10, 10)
+    assert plug_in.cost.tokens == 10 * int(batch["valid"][[1, 2]].sum())
 
 
 def test_only_the_last_prompt_token_of_the_last_layers_moves() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from routerlab.analysis.neighbour_bank import NeighbourBank
 from routerlab.cli.main import main
-from routerlab.core.config import available, compose
+from routerlab.core.config import ConfigError, available, compose
 from routerlab.training.evaluate import evaluate, load_objective
 from routerlab.training.run_directory import RunDirectory
 from routerlab.training.train import train
@@ -132,6 +133,10 @@ def test_neighbours_come_from_the_training_items(letters_run: Path) -> None:
     assert file.stat().st_mtime_ns == made
     outcome(letters_run, "test_time=c3po", "test_time.layers=1", "max_items=4")
     assert len(NeighbourBank.load(file).layers) == 1
+    other = {**bank.fingerprint, "data": {"tasks": {"letters": {"test": 3}}}}
+    replace(bank, fingerprint=other).save(letters_run.parent / "other")
+    with pytest.raises(ConfigError, match=r"was made from other tasks.letters.*test \(3, not"):
+        outcome(letters_run, *words, f"test_time.bank={letters_run.parent / 'other'}")
 
 
 def test_a_choice_that_logits_do_not_weigh_cannot_be_tuned(

@@ -102,6 +102,14 @@ def summary(run: Path) -> dict[str, Any]:
     return json.loads((run / "summary.json").read_text())
 
 
+def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Up to rounding: a frozen trunk is kept in the batches in which it was met first."""
+    pairs = [(found["val"][key], expected["val"][key]) for key in ("loss", "accuracy")]
+    told = found["alignment"], expected["alignment"]
+    pairs += [(told[0][w][k], told[1][w][k]) for w in ("before", "after") for k in told[1][w]]
+    return all(value == pytest.approx(wanted, rel=1e-4) for value, wanted in pairs)
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     objective, _, _ = load_objective(RunDirectory.existing(run))
     return dict(objective.backbone.named_parameters())
@@ -196,9 +204,7 @@ def test_a_resumed_run_has_the_same_bank_and_the_same_end(
     train(compose(f"resume={run}"), [f"resume={run}"])
     assert (run / "checkpoints" / "step_000004.ckpt").is_file()
     assert [path.stat().st_mtime_ns for path in kept] == written
-    found, expected = summary(run), summary(aligned_run)
-    assert found["val"] == expected["val"]
-    assert found["alignment"] == expected["alignment"]
+    assert same(summary(run), summary(aligned_run))
 
 
 def test_a_bank_of_another_run_is_taken_where_it_fits(
@@ -207,7 +213,7 @@ def test_a_bank_of_another_run_is_taken_where_it_fits(
     start = (f"init_from={aligned_run / 'pretrain'}", "pretrain=[]", "~baselines")
     bank = f"bank={aligned_run / FILE}"
     run = tune(*start, bank)
-    assert summary(run)["alignment"] == summary(aligned_run)["alignment"]
+    assert same(summary(run), summary(aligned_run))
     assert not (run / FILE).exists()
     assert f"read from {aligned_run / FILE}" in capsys.readouterr().out.replace("\n", "")
     with pytest.raises(ValueError, match="was made from other data.*; model "):

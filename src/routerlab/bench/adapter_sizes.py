@@ -61,9 +61,8 @@ BASES = {
 }
 
 
-def sizes_of(base: str, changes: dict[str, int | None]) -> AdapterSizes:
-    """The sizes of one of `BASES` with some changed; None leaves one as it is."""
+def sizes_of(base: str, changes: dict[str, int]) -> AdapterSizes:
+    """The sizes of one of `BASES` with some changed."""
     if base not in BASES:
         raise ValueError(f"base={base!r}: must be among {', '.join(BASES)}")
-    given = {name: value for name, value in changes.items() if value is not None}
-    return replace(BASES[base], **given)
+    return replace(BASES[base], **changes)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from routerlab.bench.adapter_sizes import BASES, names, sizes_of
+from routerlab.bench import adapter_sizes, moe_sizes
 
 if TYPE_CHECKING:  # at run time torch is imported only once the arguments can be read
     from routerlab.bench.layer import Settings
@@ -20,6 +20,7 @@ SUBJECTS = {
     "routers": "every router as a share of the MoE layer, next to token choice",
     "adapters": "mixtures of LoRA against plain LoRA; samples of ReMix against the soft mixture",
     "recording": "a model of transformers whose routings are recorded, against the same without",
+    "tuning": "tuning the routers of a model of transformers, against full fine-tuning",
 }
 ROUTERS_SHAPE = "4096,256,256,64,8"
 STEP_SECONDS = 5  # seconds for a variant of the training step, in units of --seconds
@@ -66,15 +67,33 @@ def _parser() -> argparse.ArgumentParser:
     add = adapters.add_argument
     add("--adapters", default="all", help="all, or some of soft,mixlora,hydralora,...")
     add("--samples", default="2,4,8", help="M of ReMix (default 2,4,8), or none")
-    add("--base", default="small", choices=tuple(BASES), help="sizes of the base model")
-    for name in names():
-        add(f"--{name.replace('_', '-')}", type=int, metavar="N", help="instead of the base's")
+    add("--base", default="small", choices=tuple(adapter_sizes.BASES), help="base model")
+    _add_sizes(adapters, adapter_sizes.names())
     add("--seconds", type=float, default=5.0, help="for each contestant (default 5)")
     _add_common(adapters)
     recording = subjects.add_parser("recording", help=SUBJECTS["recording"])
     recording.add_argument("--seconds", type=float, default=5.0, help="for each row (default 5)")
+    _add_sizes(recording, moe_sizes.names())
     _add_common(recording)
+    tuning = subjects.add_parser("tuning", help=SUBJECTS["tuning"])
+    add = tuning.add_argument
+    add("--last-layers", type=int, default=5, help="whose routers are tuned (default 5)")
+    add("--seconds", type=float, default=5.0, help="for each row (default 5)")
+    _add_sizes(tuning, moe_sizes.names())
+    _add_common(tuning)
     return parser
+
+
+def _add_sizes(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    for name in names:
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, metavar="N", help="instead of the default")
+
+
+def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, int]:
+    """The sizes that were asked for."""
+    found = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -175,7 +194,7 @@ def _bench_routers(arguments: argparse.Namespace, settings: "Settings") -> int:
 
 
 def _bench_adapters(arguments: argparse.Namespace, settings: "Settings") -> int:
-    sizes = sizes_of(arguments.base, {name: getattr(arguments, name) for name in names()})
+    sizes = adapter_sizes.sizes_of(arguments.base, _given(arguments, adapter_sizes.names()))
     numbers = _numbers(arguments.samples)
 
     from rich.console import Console
@@ -195,16 +214,34 @@ def _bench_adapters(arguments: argparse.Namespace, settings: "Settings") -> int:
 
 
 def _bench_recording(arguments: argparse.Namespace, settings: "Settings") -> int:
+    sizes = moe_sizes.MoeSizes(**_given(arguments, moe_sizes.names()))
+
     from rich.console import Console
 
     from routerlab.bench import recording
 
-    sizes, console = recording.RecordingSizes(), Console()
+    console = Console()
     with console.status("") as status:
         rows = recording.bench_recording(sizes, settings, status.update)
     console.print(recording.recording_table(sizes, rows))
     if arguments.json is not None:
         _write(arguments.json, recording.recording_json(sizes, rows, settings))
+    return 0
+
+
+def _bench_tuning(arguments: argparse.Namespace, settings: "Settings") -> int:
+    sizes = moe_sizes.MoeSizes(**_given(arguments, moe_sizes.names()))
+
+    from rich.console import Console
+
+    from routerlab.bench import tuning
+
+    console = Console()
+    with console.status("") as status:
+        rows = tuning.bench_tuning(sizes, arguments.last_layers, settings, status.update)
+    console.print(tuning.tuning_table(sizes, rows))
+    if arguments.json is not None:
+        _write(arguments.json, tuning.tuning_json(sizes, rows, settings))
     return 0
 
 
@@ -224,6 +261,7 @@ _RUNS: dict[str, Callable[[argparse.Namespace, "Settings"], int]] = {
     "routers": _bench_routers,
     "adapters": _bench_adapters,
     "recording": _bench_recording,
+    "tuning": _bench_tuning,
 }
 
 

@@ -25,9 +25,7 @@ class MoeSizes:
             if getattr(self, field.name) < 1:
                 raise ValueError(f"{field.name}={getattr(self, field.name)}: must be at least 1")
         if self.top_k > self.num_experts:
-            raise ValueError(
-                f"top_k={self.top_k}: must be at most num_experts={self.num_experts}"
-            )
+            raise ValueError(f"top_k={self.top_k}: must be at most num_experts={self.num_experts}")
         if self.d_model % self.num_heads or self.d_model // self.num_heads % 2:
             raise ValueError(
                 f"num_heads={self.num_heads}: must cut d_model={self.d_model} into even widths"

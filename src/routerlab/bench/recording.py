@@ -137,9 +137,7 @@ def recording_table(sizes: MoeSizes, rows: list[RecordingRow]) -> Table:
     return table
 
 
-def recording_json(
-    sizes: MoeSizes, rows: list[RecordingRow], settings: Settings
-) -> dict[str, Any]:
+def recording_json(sizes: MoeSizes, rows: list[RecordingRow], settings: Settings) -> dict[str, Any]:
     """Everything that was measured, and where."""
     found = {"environment": environment(settings), "sizes": asdict(sizes)}
     return found | {"rows": [asdict(row) for row in rows]}

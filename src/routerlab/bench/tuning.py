@@ -27,11 +27,7 @@ PARTS = {
     "step": "training step, x full fine-tuning",
     "alignment": "the same with manifold alignment, x without",
 }
-_ALIGNMENT = "manifold_alignment"
-_COLUMNS = (
-    *("", "x", "quartiles", "ms", "trained", "layers"),
-    *("peak\nMiB", "saved\nMiB", "goal", "met"),
-)
+_COLUMNS = ("", "x", "quartiles", "ms", "layers", "peak\nMiB", "saved\nMiB", "goal", "met")
 
 Progress = Callable[[str], None]
 
@@ -79,45 +75,166 @@ def bench_tuning(
     settings: Settings,
     progress: Progress = lambda text: None,
 ) -> list[TuningRow]:
-    """A row each for steps that train all parameters, all routers, those of the last
-    ``last_layers`` without and with alignment and that of the last one, and for a forward pass;
-    then one for what alignment adds.
+    """A row each for steps that train everything, all routers, those of the last ``last_layers``
+    without and with alignment and that of the last one, and for a forward pass; then one for what
+    alignment adds.
     """
     within("last_layers", last_layers, 1, sizes.num_layers)
     torch.manual_seed(settings.seed)
     batches = SampleBatches(sizes, settings.device, settings.seed)
-    full = build(sizes, batches, None)
-    some = build(sizes, batches, last_layers)
-    aligned = build(sizes, batches, last_layers, on=some)
-    tuned = {routers_of(n): build(sizes, batches, n) for n in {1, sizes.num_layers} - {last_layers}}
-    tuned |= {routers_of(last_layers): some, f"{routers_of(last_layers)}, aligned": aligned}
-    order = sorted(tuned, key=lambda name: (-layers_in_graph(tuned[name]), name))
-    works = {name: tuned[name].step for name in order}
+    ways = all_ways(sizes, last_layers, batches)
 
-    def measure(part: str, name: str, contestant: Contestant, goal: float | None) -> TuningRow:
-        work = contestant.run if name == FORWARD else contestant.step
+    def race(part: str, names: list[str], baseline: str) -> tuple[list[TuningRow], float]:
+        progress(f"timing {', '.join(names)}")
+        timed, milliseconds = interleave(
+            {name: ways[name].work for name in names},
+            ways[baseline].work,
+            batches.draw,
+            settings.seconds,
+            settings.device,
+            settings.clock,
+        )
+        goal = GOAL if part == "alignment" else None
+        rows = [ways[n].row(part, n, goal).timed(found) for n, found in timed.items()]
+        return rows, milliseconds
+
+    rows, milliseconds = race("step", [name for name in ways if name != FULL], FULL)
+    full = replace(ways[FULL].row("step", FULL), milliseconds=milliseconds)
+    plain = routers_of(last_layers, sizes)
+    added, _ = race("alignment", [f"{plain}, aligned"], plain)
+    return [full, *rows, *added]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A contestant that takes training steps or, if it does not learn, runs forward."""
+
+    contestant: Contestant
+    learns: bool = True
+
+    def work(self) -> object:
+        """A step or a pass."""
+        return self.contestant.step() if self.learns else self.contestant.run()
+
+    def layers(self) -> int:
+        """Number of routed layers that autograd goes through."""
+        if not self.learns:
+            return 0
+        batch, objective = self.contestant.batches.batch, self.contestant.objective
+        records = objective.run(batch, objective.context(batch, 0, 0)).router_outputs
+        logits = [record.router_logits for record in records.values()]
+        return sum(x is not None and x.requires_grad for x in logits)
+
+    def row(self, part: str, name: str, goal: float | None = None) -> TuningRow:
+        """Its row, without times."""
+        contestant = self.contestant
+        layers = self.layers()
         contestant.forget()  # gradients are then part of what the step holds
         return TuningRow(
             part,
             name,
-            trainable=0 if name == FORWARD else contestant.trainable,
-            layers=0 if name == FORWARD else layers_in_graph(contestant),
-            peak_mib=peak_mib(work, settings.device),
-            saved_mib=live_saved_mib(work, contestant.parameters),
+            trainable=contestant.trainable if self.learns else 0,
+            layers=layers,
+            peak_mib=peak_mib(self.work, contestant.batches.device),
+            saved_mib=live_saved_mib(self.work, contestant.parameters),
             goal=goal,
         )
 
-    def race(
-        works: dict[str, Callable[[], object]], baseline: Callable[[], object]
-    ) -> tuple[dict[str, Ratio], float]:
-        progress(f"timing {', '.join(works)}")
-        s = settings
-        return interleave(works, baseline, batches.draw, s.seconds, s.device, s.clock)
 
-    timed, milliseconds = race(works | {FORWARD: some.run}, full.step)
-    progress("memory")
-    rows = [replace(measure("step", FULL, full, None), milliseconds=milliseconds)]
-    rows += [measure("step", n, tuned.get(n, some), None).timed(r) for n, r in timed.items()]
-    name = routers_of(last_layers)
-    found = race({name: aligned.step}, some.step)[0][name]
-    return [*rows, measure("alignment", name, aligned, GOAL).timed(found)]
+class SampleBatches(Batches):
+    """Batches whose rows are samples of a bank."""
+
+    def draw(self) -> None:
+        """A new batch."""
+        super().draw()
+        size = (self.sizes.batch_size,)
+        drawn = torch.randint(NUM_SAMPLES, size, generator=self._generator, device=self.device)
+        self.batch["sample"] = drawn
+
+
+def all_ways(sizes: MoeSizes, last_layers: int, batches: Batches) -> dict[str, Way]:
+    """The ways to tune, by name; the forward pass, and the steps with and without alignment, are of
+    one model: where weights lie in memory matters by 2 %.
+    """
+    ways = {FULL: Way(_contestant(_model(sizes), batches, "objective=finetune", "loss=[]"))}
+    for last in dict.fromkeys((sizes.num_layers, last_layers, 1)):
+        name, model = routers_of(last, sizes), _model(sizes, last)
+        ways[name] = Way(_contestant(model, batches, "objective=routing_alignment", "loss=[]"))
+        if last == last_layers:
+            ways[f"{name}, aligned"] = Way(_aligned(model, last, batches))
+    forward = ways[routers_of(last_layers, sizes)].contestant
+    return ways | {FORWARD: Way(forward, learns=False)}
+
+
+def routers_of(last_layers: int, sizes: MoeSizes) -> str:
+    """The name of steps that train the routers of the last layers."""
+    return "all routers" if last_layers == sizes.num_layers else f"last {last_layers}"
+
+
+def _model(sizes: MoeSizes, last_layers: int | None = None) -> HuggingFaceMoE:
+    """All of it learns, or the routers of its last layers."""
+    if last_layers is None:
+        return HuggingFaceMoE(config=sizes.config())
+    return HuggingFaceMoE(config=sizes.config(), trainable="routers", trainable_layers=last_layers)
+
+
+def _contestant(model: HuggingFaceMoE, batches: Batches, *choices: str) -> Contestant:
+    return Contestant(model, batches, compose("optimizer=adapter", *choices))
+
+
+def _aligned(model: HuggingFaceMoE, last_layers: int, batches: Batches) -> Contestant:
+    """The contestant whose loss pulls towards neighbours of a random bank, most of them solved."""
+    made = _contestant(
+        model,
+        batches,
+        "objective=routing_alignment",
+        "loss=[manifold_alignment]",
+        f"loss.manifold_alignment.layers={last_layers}",
+    )
+    objective = made.objective
+    assert isinstance(objective, RoutingAlignment)
+    blocks = [torch.randn(NUM_SAMPLES, n).softmax(1) for n in objective.bank_layers.values()]
+    objective.use_bank(
+        NeighbourBank(
+            torch.randn(NUM_SAMPLES, 384),
+            torch.cat(blocks, dim=1),
+            torch.rand(NUM_SAMPLES) < 0.75,
+            objective.bank_layers,
+            objective.bank_token,
+            {},
+        )
+    )
+    return made
+
+
+def tuning_table(sizes: MoeSizes, rows: list[TuningRow]) -> Table:
+    """A row each, under a line for each part, within 80 columns."""
+    notes = [f"{part}: {text}" for part, text in PARTS.items()]
+    table = Table(
+        title=str(sizes),
+        caption="\n".join(notes + dropped(rows)),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for index, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    part = None
+    for row in rows:
+        if row.part != part:
+            part = row.part
+            table.add_section()
+            table.add_row(f"[bold]{part}[/bold]")
+        quartiles = "" if row.lower is None else f"{number(row.lower)}-{number(row.upper)}"
+        milliseconds = "" if row.milliseconds is None else f"{row.milliseconds:.0f}"
+        goal = "" if row.goal is None else f"{row.goal:.3g}"
+        met = {True: "yes", False: "no", None: ""}[row.met]
+        memory = [number(x) if x < 100 else f"{x:.0f}" for x in (row.peak_mib, row.saved_mib)]
+        cells = (number(row.ratio), quartiles, milliseconds, str(row.layers), *memory, goal, met)
+        table.add_row(f"  {row.name}", *cells)
+    return table
+
+
+def tuning_json(sizes: MoeSizes, rows: list[TuningRow], settings: Settings) -> dict[str, Any]:
+    """Everything that was measured, and where."""
+    found = {"environment": environment(settings), "sizes": asdict(sizes)}
+    return found | {"rows": [asdict(row) for row in rows]}

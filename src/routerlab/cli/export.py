@@ -1,4 +1,4 @@
-"""``routerlab export``: a decoder of ours becomes a model of transformers."""
+"""``routerlab export``: a decoder of ours, or a wrapped model, becomes one of transformers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ def main(argv: Sequence[str]) -> int:
     """Converts and prints the certificate. Exit codes: 0, 1 (the certificate failed, and nothing is
     left in DIR), 2 (bad options).
     """
-    about = "Writes a decoder of ours as a directory that transformers loads."
+    about = "Writes a decoder of ours, or a wrapped model, as a directory that transformers loads."
     what = "a run's directory, or one that `routerlab import` or `routerlab upcycle` wrote"
     parser = conversion.parser("export", about, "SOURCE", what)
     family = "model_type to write, such as qwen3_moe (default auto: the first that fits)"
@@ -19,24 +19,25 @@ def main(argv: Sequence[str]) -> int:
     arguments = conversion.parse(parser, argv)
     if isinstance(arguments, int):
         return arguments
+    from routerlab.backbones.decoder import Decoder
     from routerlab.convert.exporting import export_model
+    from routerlab.convert.wrapped import export_wrapped
 
-    decoder, tokenizer = _read(arguments.source)
-    return conversion.finish(
-        lambda: export_model(
-            decoder,
-            arguments.out,
-            arguments.family,
-            tokenizer,
-            arguments.seed,
-            arguments.source,
-        )
-    )
+    model, tokenizer = _read(arguments.source)
+    out, family, seed, source = (
+        arguments.out, arguments.family, arguments.seed, arguments.source,
+    )  # fmt: skip
+    if isinstance(model, Decoder):
+        return conversion.finish(lambda: export_model(model, out, family, tokenizer, seed, source))
+    if family not in ("auto", own := str(model.model.config.model_type)):
+        raise ValueError(f"--family={family}: {source!r} holds a wrapped model, which stays {own}")
+    return conversion.finish(lambda: export_wrapped(model, out, seed, source))
 
 
 def _read(source: str) -> tuple[Any, Any]:
-    """The decoder and the tokenizer of a run (its newest checkpoint) or of a saved decoder."""
+    """The model and the tokenizer of a run (its newest checkpoint) or of a saved decoder."""
     from routerlab.backbones.decoder import Decoder
+    from routerlab.backbones.hugging_face import HuggingFaceMoE
     from routerlab.backbones.saved import load_decoder
     from routerlab.training.evaluate import load_objective
     from routerlab.training.run_directory import RunDirectory
@@ -46,9 +47,10 @@ def _read(source: str) -> tuple[Any, Any]:
         return decoder, decoder.tokenizer
     run = RunDirectory.existing(source)
     backbone = load_objective(run)[0].backbone
-    if not isinstance(backbone, Decoder):
+    if not isinstance(backbone, Decoder | HuggingFaceMoE):
         raise ValueError(
-            f"{source!r}: its backbone is {type(backbone).__name__}; a Decoder is what is exported"
+            f"{source!r}: its backbone is {type(backbone).__name__}; what is exported is a Decoder "
+            "or a HuggingFaceMoE"
         )
     own = getattr(backbone, "tokenizer", None)
     return backbone, _of_data(run.config.data.get("tokenizer")) if own is None else own

@@ -13,8 +13,9 @@ from routerlab.core.routing import RoutingContext
 from routerlab.ops.neighbours import Neighbourhood
 from routerlab.ops.routing_vectors import token_positions
 from routerlab.test_time.plug_in import Cost, Edit
-from routerlab.test_time.prompts import Prompts, prompts_of
+from routerlab.test_time.prompts import Prompts, moved_to, prompts_of
 
+_BELOW_1 = 0.999  # a sigmoid's largest score
 Embed = Callable[[Sequence[str]], Float[Tensor, "n m"]]
 
 
@@ -25,8 +26,8 @@ class NeighbourMixing:
     nearest in meaning and that the model answered rightly.
 
     The new logits are the mixture's logarithms, up to a constant: exact where experts are scored by
-    a softmax. Sigmoid scores keep their sum and take the mixture's proportions [reconstructed]. A
-    prompt without neighbours stays as it is.
+    a softmax. Sigmoid scores take the mixture's proportions and keep their sum, or as much of it as
+    leaves them below 1 [reconstructed]. A prompt without neighbours stays as it is.
 
     Args:
         alpha: the neighbours' part [reconstructed].
@@ -88,12 +89,13 @@ class NeighbourMixing:
         owner, alpha = prompts.owner, self.alpha * found[:, None]
 
         def edit(name: str, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-            if name not in wanted or len(logits) != num_tokens:
-                return logits  # also the passes of generated tokens
+            here = moved_to(at, num_tokens, len(logits)) if name in wanted else None
+            if here is None:  # also in passes over generated tokens alone
+                return logits
             z = logits.to(torch.promote_types(logits.dtype, torch.float32))
             score_fn = getattr(backbone.moe_layers[name].router, "score_fn", "softmax")
-            rows = mixed(z[at], wanted[name][owner].to(z), alpha[owner].to(z), score_fn)
-            return z.index_copy(0, at, rows)
+            rows = mixed(z[here], wanted[name][owner].to(z), alpha[owner].to(z), score_fn)
+            return z.index_copy(0, here, rows)
 
         return edit
 
@@ -122,15 +124,20 @@ def mixed(
     alpha: Float[Tensor, "B 1"],
     score_fn: str = "softmax",
 ) -> Float[Tensor, "B E"]:
-    """Logits whose distribution is the mixture of theirs with ``neighbours``."""
+    """Logits whose distribution is the mixture of theirs with ``neighbours``; where alpha is 0 they
+    are what they were.
+    """
     smallest = torch.finfo(logits.dtype).tiny
     if score_fn == "softmax":
         share = (1 - alpha) * logits.softmax(-1) + alpha * neighbours
-        return share.clamp(min=smallest).log() + logits.logsumexp(-1, keepdim=True)
-    scores = logits.sigmoid()
-    total = scores.sum(-1, keepdim=True)
-    share = (1 - alpha) * scores / total.clamp(min=smallest) + alpha * neighbours
-    return torch.logit(share * total, eps=1e-6)
+        found = share.clamp(min=smallest).log() + logits.logsumexp(-1, keepdim=True)
+    else:
+        scores = logits.sigmoid()
+        total = scores.sum(-1, keepdim=True).clamp(min=smallest)
+        share = (1 - alpha) * scores / total + alpha * neighbours
+        largest = share.amax(-1, keepdim=True)
+        found = torch.logit(share * torch.minimum(total, _BELOW_1 / largest), eps=1e-6)
+    return torch.where(alpha > 0, found, logits)
 
 
 def prompt_texts(backbone: Any, prompts: Prompts) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from routerlab.core.routing import RouterOutput
 from routerlab.test_time.plug_in import edited
+from routerlab.test_time.prompts import moved_to
 
 Shares = Mapping[str, Float[Tensor, "P"]]
 
@@ -20,8 +21,8 @@ class Offsets:
     """An edit that adds a vector to router logits: of each layer in ``by_layer`` [P E], row b of
     the batch gets number ``owner[b]``, at all of its positions.
 
-    With ``at`` it gets it at one token alone, number ``at[b]`` of the ``num_tokens`` of a pass;
-    passes over other numbers of tokens, of generated ones, stay as they are.
+    With ``at`` it gets it at one token alone, number ``at[b]`` of the ``num_tokens`` of a pass, also
+    when the text has grown; passes over generated tokens alone stay as they are.
     """
 
     by_layer: dict[str, Float[Tensor, "P E"]]
@@ -38,9 +39,8 @@ class Offsets:
         if self.at is None:
             sequences = logits.view(len(rows), -1, logits.shape[-1])
             return (sequences.to(dtype) + rows[:, None].to(dtype)).flatten(0, 1)
-        if len(logits) != self.num_tokens:
-            return logits
-        return logits.to(dtype).index_add(0, self.at, rows.to(dtype))
+        at = moved_to(self.at, self.num_tokens, len(logits))
+        return logits if at is None else logits.to(dtype).index_add(0, at, rows.to(dtype))
 
 
 def zeros(backbone: Any, layers: list[str], count: int) -> dict[str, Float[Tensor, "P E"]]:

@@ -42,6 +42,7 @@ class Oracle:
         self.num_steps, self.eta, self.layers = num_steps, eta, layers
         self.cost = Cost()
 
+    @torch.inference_mode(False)
     def adapt(
         self,
         backbone: Any,
@@ -86,7 +87,9 @@ class Oracle:
             return dict.fromkeys(names, every)
 
         offsets, _ = descend(backbone, start, run, self.num_steps, self.eta, shares_of)
-        self.cost.add(self.num_steps, batch["input_ids"].numel(), backward=True)
+        valid = context.valid
+        tokens = batch["input_ids"].numel() if valid is None else int(valid.sum())
+        self.cost.add(self.num_steps, tokens, backward=True)
         return offsets
 
 

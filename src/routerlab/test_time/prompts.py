@@ -53,6 +53,17 @@ def of_rows(context: RoutingContext, rows: Int[Tensor, "P"]) -> RoutingContext:
     return replace(context, batch_size=len(rows), **changes)
 
 
+def moved_to(at: Int[Tensor, "B"], before: int, now: int) -> Int[Tensor, "B"] | None:
+    """Where tokens, one a row, of a pass over ``before`` tokens are in one over ``now``: in the same
+    columns of rows that have grown to the right; None where rows are shorter, since generation with
+    a cache passes its new tokens alone.
+    """
+    length, grown = before // len(at), now // len(at)
+    if grown < length:
+        return None
+    return at + torch.arange(len(at), device=at.device) * (grown - length)
+
+
 def prompts_of(batch: Mapping[str, Tensor], context: RoutingContext) -> Prompts:
     """The prompts of a batch. Raises ValueError where the context tells no prompt."""
     if context.prompt is None:

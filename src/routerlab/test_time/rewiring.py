@@ -88,6 +88,7 @@ class Rewiring:
         self.cost = Cost()
         self.phase: Phase | None = None
 
+    @torch.inference_mode(False)
     def adapt(
         self,
         backbone: Any,

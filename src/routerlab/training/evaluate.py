@@ -52,6 +52,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     plug_in = rerouted.plug_in_of(cfg)
     if plug_in is not None:
         own.trainer.inference_mode = False  # whose tensors know no gradients
+        if "keep_trunk" in own.backbone:
+            own.backbone.keep_trunk = False  # it would make the second evaluation the cheaper one
     objective, data, path = load_objective(run, cfg.checkpoint, own)
     if assemble.has_tasks(data):
         assemble.use_final(data)

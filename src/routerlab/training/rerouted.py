@@ -84,9 +84,12 @@ def _give_bank(plug_in: NeighbourMixing, run: RunDirectory, objective: Any, data
         bank = _own_bank(plug_in, run, objective, data, embedder)
     else:
         bank = NeighbourBank.load(Path(plug_in.bank_file).expanduser())
-        made_by = {"embedder": bank.fingerprint.get("embedder")}
-        if differ := differences(made_by, {"embedder": embedder.identity}):
-            raise ConfigError(f"test_time.bank={plug_in.bank_file!r}: was made by other {differ}")
+        # Samples of other data, or of another split of these, may be among the held-out items.
+        of = bank.fingerprint
+        found = {"embedder": of.get("embedder"), "tasks": of.get("data", {}).get("tasks")}
+        wanted = {"embedder": embedder.identity, "tasks": data.identity["tasks"]}
+        if differ := differences(found, wanted):
+            raise ConfigError(f"test_time.bank={plug_in.bank_file!r}: was made from other {differ}")
     plug_in.use_bank(bank, embedder)
 
 
