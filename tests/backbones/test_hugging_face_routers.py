@@ -1,6 +1,5 @@
 """Routers of ours in the blocks of transformers, whose experts then read our records."""
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -202,13 +201,15 @@ def test_bfloat16_models_have_our_routers_in_float32(with_router: Wrap) -> None:
         assert layer.experts.gate_up_proj.dtype == torch.bfloat16
 
 
-def test_what_is_not_kept_is_logged(with_router: Wrap, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        model = with_router("gpt_oss", TokenChoice)
-        with_router("deepseek_v3", TokenChoice)
-    assert caplog.messages == [
+def test_what_is_not_kept_is_told(with_router: Wrap, recwarn: pytest.WarningsRecorder) -> None:
+    model = with_router("gpt_oss", TokenChoice)
+    with_router("deepseek_v3", TokenChoice)
+    with_router("olmoe", partial(TokenChoice, top_k=3))
+    with_router("olmoe", ExpertChoice)
+    assert [str(warning.message) for warning in recwarn] == [
         "GptOssTopKRouter.bias has no place in TokenChoice and is dropped",
         "DeepseekV3TopkRouter.e_score_correction_bias has no place in TokenChoice and is dropped",
+        "OlmoeTopKRouter picked top_k=2 experts, TokenChoice picks 3",
     ]
     old = gates(tiny_moe("gpt_oss"))
     for layer, gate in zip(model.moe_layers.values(), old, strict=True):

@@ -96,6 +96,15 @@ def test_alignment_is_of_the_same_model_and_has_a_gradient(ways: dict[str, Way])
     assert all(grad.abs().sum() > 0 for grad in torch.autograd.grad(loss, gates))
 
 
+def test_nothing_of_the_last_step_is_there_when_memory_is_measured(ways: dict[str, Way]) -> None:
+    contestant = ways["all routers"].contestant
+    contestant.step()
+    assert len(contestant.backbone.records) == 3
+    contestant.forget()
+    assert contestant.backbone.records == {}
+    assert all(p.grad is None for p in contestant.parameters)
+
+
 def test_rows_of_every_batch_are_samples_of_the_bank() -> None:
     batches = SampleBatches(SMALL, CPU, 0)
     first = batches.batch["sample"]

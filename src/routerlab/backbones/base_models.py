@@ -73,16 +73,20 @@ def load_base(path: str, cache_dir: Path, dtype: torch.dtype) -> tuple[Any, Any]
                 config=without_dropout(config),
                 dtype=dtype,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # it names them, and we refuse them
                 **options,
             )
             model, found = loaded
         except OSError as error:
             raise ValueError(f"path={path!r}: no base model found there; {_WHERE}") from error
+        except RuntimeError as error:  # tensors of experts that do not stack
+            raise ValueError(f"path={path!r}: its tensors do not go together: {error}") from error
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"path={path!r}: has no tokenizer that can be read") from error
-    if absent := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+    mismatched = [key for key, *_ in found["mismatched_keys"]]
+    if absent := sorted([*found["missing_keys"], *mismatched]):
         raise ValueError(
             f"path={path!r}: the weights do not fit {type(model).__name__}: {len(absent)} tensors "
             f"are missing or have another shape, such as {absent[0]}"

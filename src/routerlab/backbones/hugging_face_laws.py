@@ -35,12 +35,21 @@ def law_of(router: Any, name: str) -> Law:
     try:
         logits, weights, experts = _probe(router)
         for law in LAWS:
-            ours, chosen = law.select(router, logits.float())
-            if torch.equal(chosen, experts) and torch.equal(ours.to(weights.dtype), weights):
+            if (found := _tried(law, router, logits.float())) is None:
+                continue
+            if torch.equal(found[1], experts) and torch.equal(found[0].to(weights.dtype), weights):
                 return law
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{_unknown(router, name)}: {error}") from error
     raise ValueError(_unknown(router, name))
+
+
+def _tried(law: Law, router: Any, logits: Float[Tensor, "T E"]) -> tuple[Tensor, Tensor] | None:
+    """A law's choice; None for a router that has not what the law goes by."""
+    try:
+        return law.select(router, logits)
+    except AttributeError:
+        return None
 
 
 @torch.no_grad()
@@ -58,7 +67,7 @@ def _probe(router: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _unknown(router: Any, name: str) -> str:
     return (
         f"{name}: {type(router).__name__} is of no family that is known here; it must return "
-        f"(logits, weights, experts), and choose by one of: {', '.join(law.name for law in LAWS)}"
+        f"(logits, weights, experts), and choose by one of: {'; '.join(law.name for law in LAWS)}"
     )
 
 

@@ -3,8 +3,8 @@
 Nothing here changes the name of a weight, unless a router is replaced.
 """
 
-import logging
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,6 @@ from routerlab.core.routing import RouterOutput, RoutingContext
 
 _ROUTER = re.compile("top_?k_?router", re.IGNORECASE)
 _TELLING = re.compile("router|experts", re.IGNORECASE)  # of class names: a mixture of some kind
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -197,9 +196,10 @@ def replace_routers(
     """Puts ``make(d_model=, num_experts=)`` in the place of each block's router and returns them.
 
     What the old router has learned is kept where the new one has room for it: the weight of its
-    gate, and the bias on its choice in an `ExpertBias`. What is not kept is logged.
+    gate, and the bias on its choice in an `ExpertBias`. Warns of what is not kept, and of another
+    number of experts a token than the model was trained with.
     """
-    made, lost = {}, set()
+    made, warned = {}, set()
     for name, block in blocks.items():
         old = block.router
         num_experts, d_model = old.weight.shape
@@ -209,27 +209,30 @@ def replace_routers(
                 f"{name}: the router routes to {new.num_experts} experts, the layer has "
                 f"{num_experts}"
             )
-        lost |= {f"{type(old).__name__}.{part}" for part in _hand_over(old, new)}
+        warned |= set(_hand_over(old, new))
         setattr(block.module, block.attribute, RouterInBlock(new, state, name, block.layer))
         made[name] = new
-    kind = type(next(iter(made.values()))).__name__
-    for part in sorted(lost):
-        _LOG.warning("%s has no place in %s and is dropped", part, kind)
+    for text in sorted(warned):
+        warnings.warn(text, stacklevel=2)
     return made
 
 
 @torch.no_grad()
 def _hand_over(old: Any, new: Any) -> list[str]:
-    """Copies what fits into the new router; the names of what does not."""
+    """Copies what fits into the new router; what does not, and what else is different, in words."""
+    kinds = type(old).__name__, type(new).__name__
     room: dict[str, Any] = {"weight": getattr(getattr(new, "gate", None), "weight", None)}
     balancer = getattr(new, "balancer", None)
     if isinstance(balancer, ExpertBias):
         room["e_score_correction_bias"] = balancer.bias
-    dropped = []
+    told = []
     for name, tensor in [*old.named_parameters(), *old.named_buffers()]:
         place = room.get(name)
         if place is None or place.shape != tensor.shape:
-            dropped.append(name)
+            told.append(f"{kinds[0]}.{name} has no place in {kinds[1]} and is dropped")
         else:
             place.copy_(tensor)
-    return dropped
+    picked, picks = getattr(old, "top_k", None), getattr(new, "top_k", None)
+    if None not in (picked, picks) and picks != picked:
+        told.append(f"{kinds[0]} picked top_k={picked} experts, {kinds[1]} picks {picks:g}")
+    return told

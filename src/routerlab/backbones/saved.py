@@ -1,9 +1,9 @@
 """Decoders in a directory: ``backbone.yaml``, ``model.safetensors`` and the tokenizer's files."""
 
 import importlib
-import logging
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +25,6 @@ from routerlab.routers.build import with_balancer
 FORMAT = 1
 SETTINGS, WEIGHTS = "backbone.yaml", "model.safetensors"
 _ROOMS = ("routerlab.routers.", "routerlab.balancers.")
-_LOG = logging.getLogger(__name__)
 
 
 def save_decoder(
@@ -83,7 +82,7 @@ def load_decoder(
         path: the directory.
         router: a callable ``(d_model=, num_experts=) -> Router`` that takes the place of the saved
             routers. Their tensors are kept where a new one of the same name has the same shape (the
-            gate's weights, mostly); the log tells which were not. None: the saved routers.
+            gate's weights, mostly); a warning tells which were not. None: the saved routers.
         trainable, trainable_layers: see `train_part`.
         dispatch, activation_checkpointing: see `Decoder`.
         keep_trunk: see `Decoder.keep_trunk`.
@@ -261,6 +260,7 @@ def _with_other_routers(
     fits = {k for k in saved.keys() & own.keys() if saved[k].shape == own[k].shape}
     for what, keys in (("dropped", saved.keys() - fits), ("fresh", own.keys() - fits)):
         if found := sorted(filter(is_router, keys)):
-            _LOG.info("%d tensors of the routers are %s, such as %s", len(found), what, found[0])
+            text = f"{len(found)} tensors of the routers are {what}, such as {found[0]}"
+            warnings.warn(text, stacklevel=3)
     kept = {key: value for key, value in saved.items() if key in fits or not is_router(key)}
     return kept | {key: own[key] for key in own.keys() - fits if is_router(key)}

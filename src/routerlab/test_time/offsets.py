@@ -21,8 +21,8 @@ class Offsets:
     """An edit that adds a vector to router logits: of each layer in ``by_layer`` [P E], row b of
     the batch gets number ``owner[b]``, at all of its positions.
 
-    With ``at`` it gets it at one token alone, number ``at[b]`` of the ``num_tokens`` of a pass, also
-    when the text has grown; passes over generated tokens alone stay as they are.
+    With ``at`` it gets it at one token alone, number ``at[b]`` of the ``num_tokens`` of a pass, and
+    there too when the text has grown; passes over generated tokens alone stay as they are.
     """
 
     by_layer: dict[str, Float[Tensor, "P E"]]

@@ -54,9 +54,9 @@ def of_rows(context: RoutingContext, rows: Int[Tensor, "P"]) -> RoutingContext:
 
 
 def moved_to(at: Int[Tensor, "B"], before: int, now: int) -> Int[Tensor, "B"] | None:
-    """Where tokens, one a row, of a pass over ``before`` tokens are in one over ``now``: in the same
-    columns of rows that have grown to the right; None where rows are shorter, since generation with
-    a cache passes its new tokens alone.
+    """Where tokens of a pass over ``before`` tokens, one a row, are in one over ``now``: in the
+    same columns of rows that have grown to the right; None where rows are shorter, since generation
+    with a cache passes its new tokens alone.
     """
     length, grown = before // len(at), now // len(at)
     if grown < length:
