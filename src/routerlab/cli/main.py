@@ -22,7 +22,7 @@ COMMANDS = {
         "routerlab.cli.audit_loss",
         "what other frameworks' balancing losses say of a routing",
     ),
-    "bench": ("routerlab.bench.command", "measure the MoE layer, routers or adapters"),
+    "bench": ("routerlab.bench.command", "measure the MoE layer, routers, adapters or tuning"),
     "doctor": ("routerlab.cli.doctor", "look at this machine and run a self-test"),
 }
 
@@ -36,6 +36,7 @@ usage: routerlab COMMAND [OPTION ...]
   routerlab train experiment=quickstart            train on real text and write a report
   routerlab train experiment=quickstart router.top_k=1 router.normalize_weights=false
   routerlab train experiment=remix_quickstart      fine-tune a language model with LoRA experts
+  routerlab train experiment=roma_quickstart       tune the routers of a pretrained model
   routerlab train --cfg job                        show the whole config
   routerlab train --config-dir my_lab router=mine  use your own router
 """

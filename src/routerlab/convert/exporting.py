@@ -9,7 +9,12 @@ from routerlab.backbones.base_models import undisturbed
 from routerlab.backbones.decoder import Decoder
 from routerlab.backbones.saved import arguments_of, staged, weights_of
 from routerlab.convert.certificate import Certificate, Move
-from routerlab.convert.checkpoint import Checkpoint, load_with_transformers, write_checkpoint
+from routerlab.convert.checkpoint import (
+    Checkpoint,
+    load_with_transformers,
+    loading_lists,
+    write_checkpoint,
+)
 from routerlab.convert.compare import compare, random_tokens, see_decoder, see_transformers
 from routerlab.convert.configs import write_config
 from routerlab.convert.families import Anatomy, Family, fitting_family
@@ -86,8 +91,7 @@ def verify_export(folder: Path, decoder: Decoder, certificate: Certificate, seed
         certificate.loading["transformers cannot read it"] = [" ".join(str(error).split())]
         certificate.check()
         raise
-    lists = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    certificate.loading = {name: sorted(map(str, found[name])) for name in lists}
+    certificate.loading = loading_lists(found)
     tokens = random_tokens(decoder.vocab_size, decoder.max_positions, seed)
     ours, theirs = see_decoder(decoder.float(), tokens), see_transformers(model, tokens)
     certificate.comparison = compare(ours, theirs)

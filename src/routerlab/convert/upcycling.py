@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from routerlab.backbones.base_models import load_base, undisturbed
-from routerlab.backbones.saved import load_decoder, staged, write_decoder
+from routerlab.backbones.base_models import find_base, undisturbed, weight_files
+from routerlab.backbones.saved import load_decoder, read_tokenizer, staged, write_decoder
 from routerlab.backbones.upcycle import upcycle
 from routerlab.convert.certificate import Certificate, Move
+from routerlab.convert.checkpoint import load_with_transformers, loading_lists, local_folder
 from routerlab.convert.compare import compare, random_tokens, see_decoder, see_transformers
 from routerlab.core.config import ConfigError, compose
 from routerlab.routers.build import with_balancer
@@ -41,16 +42,21 @@ def upcycle_model(
     cfg = compose("backbone=upcycled", f"seed={seed}", *words, f"backbone.path='{path}'")
     nodes: Any = OmegaConf.to_container(cfg, resolve=True)
     with staged(out) as folder, undisturbed():
-        model, tokenizer = load_base(path, Path(cfg.backbone.cache_dir), torch.float32)
+        source = local_folder(find_base(path, Path(cfg.backbone.cache_dir)))
+        weight_files(path, source)
+        model, found = load_with_transformers(source)
+        model.name_or_path = path
+        certificate = Certificate("upcycle", path, str(out), model.config.model_type)
+        certificate.loading = loading_lists(found)
+        certificate.check()
         torch.manual_seed(seed)
         knobs = {name: nodes["backbone"][name] for name in _KNOBS}
         decoder, written = upcycle(model, with_balancer(cfg), **knobs)
-        certificate = Certificate("upcycle", path, str(out), model.config.model_type)
         certificate.moves = [Move(one.sources, (one.target,), one.how) for one in written]
         certificate.source_keys = [name for name, _ in model.named_parameters()]
         certificate.target_keys = [name for name, _ in decoder.named_parameters()]
         certificate.check()
-        write_decoder(folder, decoder, nodes["router"], nodes["balancer"], tokenizer)
+        write_decoder(folder, decoder, nodes["router"], nodes["balancer"], read_tokenizer(source))
         tokens = random_tokens(decoder.vocab_size, decoder.max_positions, seed)
         ours = see_decoder(load_decoder(folder), tokens)
         certificate.comparison = compare(see_transformers(model, tokens), ours)
