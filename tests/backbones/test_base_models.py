@@ -22,6 +22,7 @@ from routerlab.core.config import compose
 from routerlab.core.download import SourceUnavailable, fetch
 from routerlab.core.instantiate import build
 from tests.helpers.language_models import VOCAB, save_tiny, tiny_llama, tiny_tokenizer
+from tests.helpers.moe_models import tiny_moe
 
 SHARED = Path(os.environ.get("ROUTERLAB_CACHE", Path.home() / ".cache" / "routerlab"))
 
@@ -80,11 +81,25 @@ def test_weights_that_are_absent_or_do_not_fit(folder: Path) -> None:
     save_file(rest, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=rf"1 tensors are missing .* such as {name}"):
         load_base(str(folder), folder, torch.float32)
+    save_file(rest | {name: tensors[name][1:].clone()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"1 tensors are missing .* such as {name}"):
+        load_base(str(folder), folder, torch.float32)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no base model found there"):
         load_base(str(folder), folder, torch.float32)
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="no base model found there"):
+        load_base(str(folder), folder, torch.float32)
+
+
+@pytest.mark.parametrize(("part", "told"), [("", "2 tensors are missing"), ("w1", "go together")])
+def test_experts_that_are_absent(part: str, told: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "moe", tiny_moe("mixtral"))
+    tensors = load_file(folder / "model.safetensors")
+    lost = f"layers.1.block_sparse_moe.experts.3.{part}"
+    rest = {key: value for key, value in tensors.items() if lost not in key}
+    save_file(rest, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=told):
         load_base(str(folder), folder, torch.float32)
 
 

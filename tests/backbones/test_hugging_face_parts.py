@@ -202,7 +202,7 @@ def test_a_router_of_an_unknown_law_is_refused() -> None:
             return logits, values.sigmoid(), experts
 
     with pytest.raises(
-        ValueError, match="here: OddTopKRouter is of no family.*softmax, then top-k"
+        ValueError, match="here: OddTopKRouter is of no family.*top-k of biased sigmoids$"
     ):
         law_of(OddTopKRouter(8, 4), "here")
 

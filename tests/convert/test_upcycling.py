@@ -10,6 +10,7 @@ from routerlab.backbones.saved import load_decoder
 from routerlab.convert.certificate import ConversionFailed
 from routerlab.convert.upcycling import upcycle_model
 from routerlab.core.config import ConfigError
+from tests.convert.checkpoints import edit_tensors
 from tests.helpers.language_models import VOCAB, save_tiny, tiny_llama
 
 IDS = torch.randint(VOCAB, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -48,6 +49,24 @@ def test_other_logits_fail(words: tuple[str, ...], tmp_path: Path) -> None:
     save_tiny(tmp_path / "dense")
     with pytest.raises(ConversionFailed, match="logits differ"):
         upcycle_model(str(tmp_path / "dense"), tmp_path / "moe", words)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize(
+    ("lost", "more", "told"),
+    [
+        (None, "model.layers.1.mlp.extra.weight", "unexpected_keys: .*mlp.extra"),
+        ("model.norm.weight", None, "missing_keys: model.norm"),
+    ],
+)
+def test_what_is_dropped_or_missing_fails(
+    lost: str | None, more: str | None, told: str, tmp_path: Path
+) -> None:
+    dense = save_tiny(tmp_path / "dense")
+    added = {} if more is None else {more: torch.ones(3)}
+    edit_tensors(dense, lambda t: {k: x for k, x in t.items() if k != lost} | added)
+    with pytest.raises(ConversionFailed, match=told):
+        upcycle_model(str(dense), tmp_path / "moe")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from routerlab.backbones.base_models import weight_files
+from routerlab.convert.certificate import Certificate
 
 _PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.model"]
 
@@ -58,7 +59,7 @@ def local_folder(source: str) -> Path:
 
 def load_with_transformers(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The model that transformers makes of a directory, in float32, and what it says of its
-    tensors: ``missing_keys``, ``unexpected_keys``, ``mismatched_keys`` (`loading_lists`).
+    tensors: ``missing_keys``, ``unexpected_keys``, ``mismatched_keys``.
     """
     from transformers import AutoModelForCausalLM
 
@@ -75,10 +76,19 @@ def load_with_transformers(folder: Path) -> tuple[Any, dict[str, Any]]:
     return loaded
 
 
-def loading_lists(found: dict[str, Any]) -> dict[str, list[str]]:
-    """What transformers said of tensors when it read a directory, for a certificate."""
+def load_and_note(folder: Path, certificate: Certificate) -> Any:
+    """The model that transformers makes of a directory; the certificate gets to know what it says
+    of its tensors. Raises `ConversionFailed` for tensors of which it can make none.
+    """
+    try:
+        model, found = load_with_transformers(folder)
+    except RuntimeError as error:  # tensors that do not go together
+        certificate.loading["transformers cannot read it"] = [" ".join(str(error).split())]
+        certificate.check()
+        raise
     lists = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    return {name: sorted(map(str, found[name])) for name in lists}
+    certificate.loading = {name: sorted(map(str, found[name])) for name in lists}
+    return model
 
 
 def write_checkpoint(folder: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:

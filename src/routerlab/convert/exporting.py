@@ -9,12 +9,7 @@ from routerlab.backbones.base_models import undisturbed
 from routerlab.backbones.decoder import Decoder
 from routerlab.backbones.saved import arguments_of, staged, weights_of
 from routerlab.convert.certificate import Certificate, Move
-from routerlab.convert.checkpoint import (
-    Checkpoint,
-    load_with_transformers,
-    loading_lists,
-    write_checkpoint,
-)
+from routerlab.convert.checkpoint import Checkpoint, load_and_note, write_checkpoint
 from routerlab.convert.compare import compare, random_tokens, see_decoder, see_transformers
 from routerlab.convert.configs import write_config
 from routerlab.convert.families import Anatomy, Family, fitting_family
@@ -85,13 +80,8 @@ def verify_export(folder: Path, decoder: Decoder, certificate: Certificate, seed
     """Reads the folder as transformers does, and compares; raises `ConversionFailed`."""
     certificate.target_keys = Checkpoint(folder, certificate.target).keys
     certificate.check()
-    try:
-        model, found = load_with_transformers(folder)
-    except RuntimeError as error:  # tensors that do not go together
-        certificate.loading["transformers cannot read it"] = [" ".join(str(error).split())]
-        certificate.check()
-        raise
-    certificate.loading = loading_lists(found)
+    model = load_and_note(folder, certificate)
+    certificate.check()
     tokens = random_tokens(decoder.vocab_size, decoder.max_positions, seed)
     ours, theirs = see_decoder(decoder.float(), tokens), see_transformers(model, tokens)
     certificate.comparison = compare(ours, theirs)

@@ -11,7 +11,7 @@ from routerlab.backbones.base_models import find_base, undisturbed, weight_files
 from routerlab.backbones.saved import load_decoder, read_tokenizer, staged, write_decoder
 from routerlab.backbones.upcycle import upcycle
 from routerlab.convert.certificate import Certificate, Move
-from routerlab.convert.checkpoint import load_with_transformers, loading_lists, local_folder
+from routerlab.convert.checkpoint import load_and_note, local_folder
 from routerlab.convert.compare import compare, random_tokens, see_decoder, see_transformers
 from routerlab.core.config import ConfigError, compose
 from routerlab.routers.build import with_balancer
@@ -36,6 +36,8 @@ def upcycle_model(
     the logits are others then), ConfigError for a wrong word, ValueError for a model that cannot be
     upcycled or an ``out`` that holds something.
     """
+    from transformers import AutoConfig
+
     for word in words:
         if word.split("=")[0].lstrip("+~").split(".")[0] not in ("backbone", "router", "balancer"):
             raise ConfigError(f"{word!r}: must be of backbone, router or balancer")
@@ -44,10 +46,10 @@ def upcycle_model(
     with staged(out) as folder, undisturbed():
         source = local_folder(find_base(path, Path(cfg.backbone.cache_dir)))
         weight_files(path, source)
-        model, found = load_with_transformers(source)
-        model.name_or_path = path
-        certificate = Certificate("upcycle", path, str(out), model.config.model_type)
-        certificate.loading = loading_lists(found)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        certificate = Certificate("upcycle", path, str(out), config.model_type)
+        model = load_and_note(source, certificate)
+        model.name_or_path = path  # what messages call it
         certificate.check()
         torch.manual_seed(seed)
         knobs = {name: nodes["backbone"][name] for name in _KNOBS}

@@ -11,7 +11,7 @@ from routerlab.backbones.base_models import undisturbed
 from routerlab.backbones.hugging_face import HuggingFaceMoE
 from routerlab.backbones.saved import staged
 from routerlab.convert.certificate import Certificate, Move
-from routerlab.convert.checkpoint import load_with_transformers
+from routerlab.convert.checkpoint import load_and_note
 from routerlab.convert.compare import Seen, compare, random_tokens
 
 
@@ -28,9 +28,7 @@ def export_wrapped(
     certificate = Certificate("export", source, str(out), family)
     with staged(out) as folder, undisturbed():
         backbone.save_model(folder)
-        again, found = load_with_transformers(folder)
-        lists = ("missing_keys", "unexpected_keys", "mismatched_keys")
-        certificate.loading = {name: sorted(map(str, found[name])) for name in lists}
+        again = load_and_note(folder, certificate)
         own, read = (_tensors(model.cpu().float()) for model in (backbone.model, again))
         certificate.source_keys, certificate.target_keys = list(own), list(read)
         for name in sorted(own.keys() & read.keys()):
