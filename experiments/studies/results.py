@@ -62,6 +62,7 @@ def read_run(path: Path) -> Row:
         found["base_accuracy"] = summary["base"]["accuracy"]
     if aligned := summary.get("alignment"):
         found |= {f"distance_{when}": aligned[when]["distance"] for when in ("before", "after")}
+        found["distance_ratio"] = found["distance_after"] / (found["distance_before"] or 1.0)
         found["routing_similarity"] = aligned["after"]["similarity"]
     found |= _of_last(rows, "val/router/mean/")  # of the curve: some are not in the summary
     metrics = layers[0].keys() - {"layer"} if layers else ()

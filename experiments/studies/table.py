@@ -15,6 +15,7 @@ NAMES = {
     "lowest_probs_ess": "ESS of softmax, least in training",
     "distance_before": "neighbour distance before",
     "distance_after": "after",
+    "distance_ratio": "after / before",
     "routing_similarity": "CKA after",
     "max_violation": "max violation",
     "avg_max_violation": "AvgMaxVio",
