@@ -82,21 +82,16 @@ class Decoder(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        counts = {"vocab_size": vocab_size, "d_model": d_model, "num_layers": num_layers}
-        for name, value in (counts | {"max_positions": max_positions}).items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
-        if rms_norm_eps <= 0 or rope_theta <= 0:
-            raise ValueError(f"{rms_norm_eps=}, {rope_theta=}: must be above 0")
+        within("vocab_size", vocab_size, 1)
+        within("d_model", d_model, 1)
+        within("num_layers", num_layers, 1)
+        within("max_positions", max_positions, 1)
+        within("rms_norm_eps", rms_norm_eps, 0, above=True)
+        within("rope_theta", rope_theta, 0, above=True)
         head_dim = _head_width(d_model, num_heads, num_kv_heads, head_dim)
         dense_d_ff = d_ff if dense_d_ff is None else dense_d_ff
-        if dense_d_ff < 1:
-            raise ValueError(f"dense_d_ff={dense_d_ff}: must be at least 1")
-        experts_of = [num_experts] * num_layers if isinstance(num_experts, int) else num_experts
-        if len(experts_of) != num_layers or not any(experts_of):
-            raise ValueError(
-                f"num_experts={num_experts}: one number for each of {num_layers=}, not all 0"
-            )
+        within("dense_d_ff", dense_d_ff, 1)
+        experts_of = _experts_by_layer(num_experts, num_layers)
         self.vocab_size, self.max_positions = vocab_size, max_positions
         self.rope_theta = rope_theta
         self.activation_checkpointing = activation_checkpointing
@@ -251,6 +246,15 @@ class Block(nn.Module):
         else:
             y = cast(DenseSwiGLU, self.mlp)(normalized)
         return x + y, output
+
+
+def _experts_by_layer(num_experts: int | list[int], num_layers: int) -> list[int]:
+    counts = [num_experts] * num_layers if isinstance(num_experts, int) else num_experts
+    if len(counts) != num_layers or not any(counts):
+        raise ValueError(
+            f"num_experts={num_experts}: one number for each of {num_layers=}, not all 0"
+        )
+    return counts
 
 
 def _real(input_ids: Int[Tensor, "B S"], valid: Bool[Tensor, "T"] | None) -> Bool[Tensor, "B S"]:
