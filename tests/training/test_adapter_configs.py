@@ -96,7 +96,7 @@ def test_skills_know_how_many_tasks_there_are() -> None:
 def test_baselines_are_composed_from_the_words_of_the_run() -> None:
     words = ["experiment=remix_quickstart", "seed=3", "adapter.top_k=2", "run_dir=here"]
     (plan,) = planned(compose(*words), words)
-    assert plan.name == "lora"
+    assert plan.key == "baselines.lora"
     assert plan.cfg.adapter["_target_"] == "peft.LoraConfig"
     assert plan.cfg.seed == 3
     assert plan.cfg.run_dir is None
