@@ -173,7 +173,8 @@ def _of_last(rows: Sequence[dict[str, float]], prefix: str) -> Row:
 def _active(path: Path, summary: dict[str, Any]) -> int:
     """Parameters that a token meets; by the measured number of experts where it is not fixed."""
     parameters, layers = summary["parameters"], summary["layers"]
-    known = not layers or "experts_per_token" not in layers[0] or "trainable" in parameters
+    in_part = parameters.get("trainable", parameters["total"]) < parameters["total"]
+    known = not layers or "experts_per_token" not in layers[0] or in_part
     if parameters["active"] < parameters["total"] or known:
         return parameters["active"]
     from omegaconf import OmegaConf

@@ -34,8 +34,7 @@ def test_every_choice_composes_and_says_what_it_is(group: str) -> None:
 def test_every_experiment_composes() -> None:
     for name in rl.available("experiment"):
         cfg = rl.compose(f"experiment={name}")
-        missing = OmegaConf.missing_keys(cfg)
-        assert not missing
+        assert OmegaConf.missing_keys(cfg) <= {"backbone.path"}  # of models that users have
         OmegaConf.to_container(cfg, resolve=True)
 
 
