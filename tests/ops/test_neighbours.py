@@ -1,4 +1,4 @@
-"""Neighbours and their weights: the card numbers of RoMA, brute force, and what must not matter."""
+"""Neighbours and their weights: worked numbers of RoMA, brute force, and what must not matter."""
 
 import math
 
@@ -125,7 +125,7 @@ def test_random_neighbours_are_drawn_by_seed_with_equal_weights() -> None:
 
 
 def card() -> tuple[NeighbourMeans, Tensor]:
-    """Sample 0 with its two neighbours, E = 3 (the card's case)."""
+    """Sample 0 with its two neighbours, E = 3 (a case worked by hand)."""
     routing = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.1, 0.8, 0.1]]).double()
     points = torch.cat([line(0.0), line(0.2, 0.8)])
     candidates = torch.tensor([False, True, True])
