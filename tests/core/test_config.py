@@ -38,6 +38,14 @@ def test_every_experiment_composes() -> None:
         OmegaConf.to_container(cfg, resolve=True)
 
 
+def test_router_tuning_leaves_a_wrapped_model_its_routers() -> None:
+    wrapped = rl.compose("experiment=router_tuning", "backbone.path=there")
+    assert wrapped.router is None  # native
+    assert wrapped.backbone["_target_"].endswith("HuggingFaceMoE")
+    upcycled = rl.compose("experiment=upcycled_tuning")
+    assert upcycled.router["_target_"].endswith("TokenChoice")
+
+
 @pytest.mark.parametrize(
     ("word", "wrong", "right"),
     [
