@@ -13,7 +13,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(cfg: Any, overrides: list[str]) -> float | None:
-    from routerlab.training.run_directory import is_main_process
+    from routerlab.training.processes import is_main_process
     from routerlab.training.summary import print_headline
     from routerlab.training.train import train
 

@@ -89,6 +89,16 @@ def compose(*overrides: str, config_name: str = "train") -> "DictConfig":
         raise
 
 
+def choices(overrides: Sequence[str]) -> dict[str, str]:
+    """The file that these overrides choose from each config group: ``{"router": "hash", ...}``;
+    groups of several files (losses) and of none are left out.
+    """
+    cfg = _compose("train", overrides, return_hydra_config=True)
+    found = {str(group): name for group, name in cfg.hydra.runtime.choices.items()}
+    ours = {group for group in found if "/" not in group and "@" not in group} - {"hydra", "local"}
+    return {group: found[group] for group in sorted(ours) if isinstance(found[group], str)}
+
+
 def explain(error: Exception, overrides: Sequence[str]) -> str | None:
     """What a hydra error means, with the nearest right names; None if it is not hydra's."""
     from hydra.errors import HydraException, MissingConfigException
@@ -130,17 +140,19 @@ def _known_keys(overrides: Sequence[str]) -> list[str]:
     return _groups()
 
 
-def _compose(config_name: str, overrides: Sequence[str]) -> "DictConfig":
+def _compose(
+    config_name: str, overrides: Sequence[str], return_hydra_config: bool = False
+) -> "DictConfig":
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     if GlobalHydra.instance().is_initialized():  # inside a running job
-        return hydra_compose(config_name, list(overrides))
+        return hydra_compose(config_name, list(overrides), return_hydra_config)
     search = ",".join(f"file://{path}" for path in _user_dirs)
     more = [f"hydra.searchpath=[{search}]"] if search else []
     with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-        return hydra_compose(config_name, [*overrides, *more])
+        return hydra_compose(config_name, [*overrides, *more], return_hydra_config)
 
 
 def _groups() -> list[str]:

@@ -14,7 +14,8 @@ from routerlab.analysis.neighbour_bank import NeighbourBank
 from routerlab.backbones.sentence_embedder import SentenceEmbedder
 from routerlab.core.config import ConfigError
 from routerlab.objectives.routing_alignment import RoutingAlignment, measured
-from routerlab.training.run_directory import RunDirectory, is_main_process
+from routerlab.training.processes import is_main_process
+from routerlab.training.run_directory import RunDirectory
 
 FILE = "neighbour_bank.safetensors"
 

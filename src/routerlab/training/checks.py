@@ -5,24 +5,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from routerlab.analysis.compare import flat
 from routerlab.core.config import ConfigError, available
+from routerlab.core.identity import PLACES, flat, within
 from routerlab.core.instantiate import locate
 from routerlab.objectives.finetune import FineTune
 from routerlab.training.build import takes_adapter
 
 # Changing these does not change what a run computes, so a resumed run may.
-_FREE_TO_CHANGE = (
-    "resume",
-    "run_dir",
-    "paths.",
-    "callback.",
-    "logger.",
-    "baselines",
-    "evaluate_base",
-    "trainer.max_steps",
-    "data.cache_dir",
-)
+_FREE_TO_CHANGE = (*PLACES, "baselines", "evaluate_base", "trainer.max_steps")
 
 
 def check_trainer(cfg: DictConfig) -> None:
@@ -132,7 +122,7 @@ def check_trainable(cfg: DictConfig, backbone: Any) -> None:
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Lines ``key: old -> new`` for keys that change what a run computes."""
     old, new = flat(before), flat(after)
-    keys = [k for k in sorted(old.keys() | new.keys()) if not k.startswith(_FREE_TO_CHANGE)]
+    keys = [k for k in sorted(old.keys() | new.keys()) if not within(k, _FREE_TO_CHANGE)]
     absent = "(absent)"
     return [
         f"{key}: {old.get(key, absent)} -> {new.get(key, absent)}"

@@ -13,8 +13,21 @@ from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from routerlab.core.instantiate import partial
+from routerlab.training.run_directory import RunDirectory
 
 Distributions = Mapping[str, list]
+
+
+def build_loggers(cfg: DictConfig, run: RunDirectory, ahead: str) -> list[Any]:
+    """The loggers of a config; ``ahead``: whether its routing looks at later tokens, and when."""
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    router = cfg.router["_target_"].rsplit(".", 1)[-1] if cfg.get("router") else "no router"
+    tags = run.overrides if ahead == "no" else [f"looks ahead {ahead}", *run.overrides]
+    shared = {"directory": run.path, "config": settings, "job_type": router, "tags": tags}
+    return [partial(node)(**shared) for node in (cfg.get("logger") or {}).values()]
 
 
 class MetricsFiles(Logger):

@@ -21,7 +21,8 @@ from routerlab.ops.routing_vectors import routing_vectors
 from routerlab.test_time.c3po import NeighbourMixing
 from routerlab.test_time.plug_in import TestTime
 from routerlab.training import assemble
-from routerlab.training.run_directory import RunDirectory, is_main_process
+from routerlab.training.processes import is_main_process
+from routerlab.training.run_directory import RunDirectory
 
 BANK = "c3po_bank.safetensors"  # in the run's directory
 

@@ -1,5 +1,6 @@
 """A run's directory: everything that a run leaves behind, as plain files."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,15 +8,15 @@ import tempfile
 import traceback
 import uuid
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from routerlab.core.config import ConfigError
+from routerlab.core.config import ConfigError, choices
 
 _SUMMARY_LENGTH = 60  # of the overrides in a directory's name
 _UNSAID = (
@@ -24,14 +25,10 @@ _UNSAID = (
 )  # fmt: skip
 
 
-def is_main_process() -> bool:
-    """Whether this process writes the files of its run: rank 0 does."""
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
 class RunDirectory:
-    """``config.yaml``, ``overrides.yaml``, ``environment.json``, ``status.json``, ``summary.json``,
-    ``metrics.csv``, ``distributions.jsonl``, ``checkpoints/``, ``traces/`` and ``report.html``.
+    """``config.yaml``, ``overrides.yaml``, ``choices.yaml``, ``environment.json``, ``status.json``,
+    ``summary.json``, ``metrics.csv``, ``distributions.jsonl``, ``checkpoints/``, ``traces/`` and
+    ``report.html``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,11 +49,8 @@ class RunDirectory:
         summary = re.sub(r"[^\w.+]+", "-", words)[:_SUMMARY_LENGTH]
         title = "_".join(filter(None, [when, uuid.uuid4().hex[:6], summary]))
         path = Path(at).expanduser() if at else output_dir.expanduser() / name / title
-        if (path / "config.yaml").exists():
-            raise ConfigError(
-                f"run_dir={str(path)!r} already holds a run; continue it with resume={path}, or "
-                "choose another directory"
-            )
+        run = cls(path)
+        run.refuse_a_second()
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
@@ -65,6 +59,14 @@ class RunDirectory:
             raise ConfigError(f"run directory {str(path)!r} cannot be written: {error}") from error
         return cls(path.resolve())
 
+    def refuse_a_second(self) -> None:
+        """Raises `ConfigError` if the directory holds a run already."""
+        if (self.path / "config.yaml").exists():
+            raise ConfigError(
+                f"run_dir={str(self.path)!r} already holds a run; continue it with "
+                f"resume={self.path}, or choose another directory"
+            )
+
     @classmethod
     def existing(cls, path: str | Path) -> "RunDirectory":
         """The directory of a run that was started before."""
@@ -72,6 +74,36 @@ class RunDirectory:
         if not (path / "config.yaml").is_file():
             raise ConfigError(f"{str(path)!r} holds no run (it has no config.yaml)")
         return cls(path)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes from this run; the lock goes with the process, however it ends.
+
+        Raises `ConfigError` if another process holds it for five seconds.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=5)
+        except Timeout as error:
+            raise ConfigError(
+                f"run directory {str(self.path)!r}: another process is training this run"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def is_held(self) -> bool:
+        """Whether some process is training this run now."""
+        if not (self.path / ".lock").exists():
+            return False
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return True
+        lock.release()
+        return False
 
     @property
     def name(self) -> str:
@@ -92,9 +124,10 @@ class RunDirectory:
         return list(OmegaConf.to_object(OmegaConf.load(self.path / "overrides.yaml")))  # type: ignore[call-overload]
 
     def write_config(self, cfg: DictConfig, overrides: Sequence[str]) -> None:
-        """Keeps the resolved config and the words that made it."""
-        self._write("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        """Keeps the words, the config files that they chose, and the resolved config."""
         self._write("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
+        self._write("choices.yaml", OmegaConf.to_yaml(OmegaConf.create(choices(overrides))))
+        self._write("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file, whole or not at all."""

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from routerlab.core.config import ConfigError, compose, user_dirs
-from routerlab.core.instantiate import build_all, partial
+from routerlab.core.instantiate import build_all
 from routerlab.objectives.rehearsal import rehearse
 from routerlab.objectives.routed import RoutedObjective
 from routerlab.training import alignment, assemble, baselines
@@ -25,9 +25,10 @@ from routerlab.training.checks import check_trainable, check_trainer, difference
 from routerlab.training.environment import environment
 from routerlab.training.evaluate import evaluate_base
 from routerlab.training.initial import PRETRAIN, check_fit, started
-from routerlab.training.loggers import MetricsFiles
+from routerlab.training.loggers import MetricsFiles, build_loggers
+from routerlab.training.processes import is_main_process
 from routerlab.training.recording import record
-from routerlab.training.run_directory import RunDirectory, is_main_process
+from routerlab.training.run_directory import RunDirectory
 from routerlab.training.summary import summarize
 
 _RUN_DIR = "ROUTERLAB_RUN_DIR"  # tells the other processes of a run where it lies
@@ -43,7 +44,15 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
     and ``baselines/<name>/``.
     """
     assemble.quiet()
-    run, cfg, overrides = _resumed(cfg, overrides) if cfg.resume else (None, cfg, overrides)
+    with contextlib.ExitStack() as held:
+        return _train(cfg, overrides, held)
+
+
+def _train(cfg: DictConfig, overrides: Sequence[str], held: contextlib.ExitStack) -> RunDirectory:
+    run = None
+    if cfg.resume:
+        run, cfg, overrides = _resumed(cfg, overrides)
+        _hold(run, held)
     plans = baselines.planned(cfg, overrides)
     data, objective = _checked(cfg, plans)
     if run is not None:
@@ -51,6 +60,8 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
     callbacks = build_all(cfg.get("callback"))
     if run is None:
         run = _new_run(cfg, overrides)
+        _hold(run, held)
+        run.refuse_a_second()
     if is_main_process():
         run.write_config(cfg, overrides)
         run.write_json("environment.json", environment())
@@ -122,7 +133,7 @@ def _fit(
     if cfg.get("evaluate_base"):
         evaluate_base(cfg, run, data, objective)
     files, metrics = MetricsFiles(run.path), Metrics()
-    loggers = [files, *_loggers(cfg, run, objective.looks_ahead)]
+    loggers = [files, *build_loggers(cfg, run, objective.looks_ahead)]
     if "checkpoint" in extra:
         extra["checkpoint"].dirpath = str(run.path / "checkpoints")  # type: ignore[attr-defined]
     first = [Reseed(cfg.seed), metrics, MissedValidation(files)]
@@ -227,6 +238,11 @@ def _saved_config(run: RunDirectory) -> Any:
     return torch.load(path, weights_only=True, mmap=True, map_location="cpu")["config"]
 
 
+def _hold(run: RunDirectory, held: contextlib.ExitStack) -> None:
+    if is_main_process():
+        held.enter_context(run.held())
+
+
 def _new_run(cfg: DictConfig, overrides: Sequence[str]) -> RunDirectory:
     if not is_main_process():  # the first process made it and told us
         path = cfg.run_dir or os.environ.get(_RUN_DIR)
@@ -237,14 +253,6 @@ def _new_run(cfg: DictConfig, overrides: Sequence[str]) -> RunDirectory:
     if not cfg.run_dir:
         os.environ[_RUN_DIR] = str(run.path)
     return run
-
-
-def _loggers(cfg: DictConfig, run: RunDirectory, ahead: str) -> list[Any]:
-    settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    router = cfg.router["_target_"].rsplit(".", 1)[-1] if cfg.get("router") else "no router"
-    tags = run.overrides if ahead == "no" else [f"looks ahead {ahead}", *run.overrides]
-    shared = {"directory": run.path, "config": settings, "job_type": router, "tags": tags}
-    return [partial(node)(**shared) for node in (cfg.get("logger") or {}).values()]
 
 
 def _world_size(cfg: DictConfig) -> int:

@@ -1,0 +1,1 @@
+"""Many runs: what to vary, where they are trained, and what became of each."""
