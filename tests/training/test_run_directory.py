@@ -1,6 +1,8 @@
 """What a run leaves behind."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,36 @@ def test_the_newest_readable_checkpoint_is_found(tmp_path: Path) -> None:
     assert run.newest_checkpoint() == (newest, [])
     newest.write_bytes(newest.read_bytes()[:-50])
     assert run.newest_checkpoint() == (newest.with_name("step_000010.ckpt"), [newest])
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from routerlab.training.run_directory import RunDirectory
+with RunDirectory(Path(sys.argv[1])).held():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_is_held_by_one_process_until_it_ends_however_it_ends(tmp_path: Path) -> None:
+    run = RunDirectory.new(tmp_path, "exp", [], None)
+    assert not run.is_held()
+    command = [sys.executable, "-c", HOLD, str(run.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert run.is_held()
+        with pytest.raises(ConfigError, match="another process is training this run"), run.held():
+            pass
+        holder.kill()
+    assert not run.is_held()
+    with run.held():
+        assert run.path.is_dir()
+
+
+def test_the_words_and_what_they_chose_are_kept(tmp_path: Path) -> None:
+    run = RunDirectory.new(tmp_path, "exp", [], None)
+    run.write_config(OmegaConf.create({"seed": 0}), ["router=hash"])
+    assert run.overrides == ["router=hash"]
+    assert OmegaConf.load(run.path / "choices.yaml").router == "hash"
