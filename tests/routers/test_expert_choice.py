@@ -50,7 +50,8 @@ def by_loop(probs: Tensor, groups: list[list[int]], capacity_factor: float) -> T
     mask = torch.zeros_like(probs, dtype=torch.bool)
     num_experts = probs.shape[1]
     for group in groups:
-        slots = min(len(group), max(1, int(capacity_factor * len(group) / num_experts)))
+        exact = capacity_factor * len(group) / num_experts
+        slots = min(len(group), max(1, int(exact + 1e-9)))  # 2.0 may come as 1.999...
         for expert in range(num_experts):
             column = probs[:, expert].tolist()
             ranked = sorted(group, key=column.__getitem__, reverse=True)
