@@ -9,12 +9,12 @@ import pytest
 from omegaconf import OmegaConf
 
 import routerlab as rl
-from routerlab.core.config import ConfigError, config_dir, describe, nearest
+from routerlab.core.config import ConfigError, compose, config_dir, describe, nearest, quoted
 
 ROOT = Path(__file__).parents[2]
 GROUPS = (
     "backbone", "router", "experts", "loss", "diagnostic", "objective", "data", "optimizer",
-    "trainer", "callback", "logger", "paths",
+    "trainer", "callback", "logger", "paths", "launcher", "resources",
 )  # fmt: skip
 
 
@@ -104,3 +104,10 @@ def test_a_wheel_brings_the_configs_and_finds_them(tmp_path: Path) -> None:
         str(rl.available("router")),
         "quickstart",
     ]
+
+
+@pytest.mark.parametrize(
+    "text", ["a b", "it's", "back\\slash", "end\\", "a,b=c", "{x: [1]}", "$HOME", ""]
+)
+def test_a_quoted_text_is_read_as_it_was(text: str) -> None:
+    assert compose(f"run_dir={quoted(text)}").run_dir == text

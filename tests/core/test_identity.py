@@ -15,7 +15,7 @@ SAME = [
     ["logger=[]"],
     ["callback.checkpoint.every_n_steps=7"],
     ["trainer.devices=2", "trainer.strategy=ddp"],
-    ["data.cache_dir=/elsewhere"],
+    ["data.cache_dir=/elsewhere", "trace_sequences=0", "name=other"],
     ["router=token_choice"],  # said, and the default
     ["router.top_k=2"],
 ]

@@ -89,6 +89,13 @@ def compose(*overrides: str, config_name: str = "train") -> "DictConfig":
         raise
 
 
+def quoted(text: str) -> str:
+    """Text as the value of an override, whatever is in it."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(text, Quote.single).with_quotes()
+
+
 def choices(overrides: Sequence[str]) -> dict[str, str]:
     """The file that these overrides choose from each config group: ``{"router": "hash", ...}``;
     groups of several files (losses) and of none are left out.

@@ -7,11 +7,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-# Where a run computes and writes. Two configs that differ in nothing else are the same experiment.
+# Where a run computes and what it keeps. Two configs that differ in nothing else are the same
+# experiment.
 PLACES = (
-    "resume", "run_dir", "group", "paths", "callback", "logger", "launcher", "resources",
-    "data.cache_dir", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
-    "trainer.strategy",
+    "resume", "run_dir", "name", "group", "paths", "callback", "logger", "launcher", "resources",
+    "data.cache_dir", "data.num_workers", "backbone.cache_dir", "trainer.accelerator",
+    "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trace_sequences",
+    "trace_validations",
 )  # fmt: skip
 
 

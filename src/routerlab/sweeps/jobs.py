@@ -1,16 +1,19 @@
 """A job of a sweep: one run, the words that make it, and what its directory says of it."""
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
-from routerlab.core.config import user_dirs
+from routerlab.core.config import quoted, user_dirs
 from routerlab.training.run_directory import RunDirectory
 
 # cut: killed or preempted, and can go on
 State = Literal["new", "running", "cut", "failed", "done"]
+# What follows "error: ", or a line such as "RuntimeError: ..."
+_ERROR = re.compile(r"(?:\berror: |^(?:\w+\.)*(?=\w*(?:Error|Exception)(?::|$)))(?P<text>.*)")
 
 
 @dataclass(frozen=True)
@@ -44,24 +47,27 @@ class Job:
         folders = [word for path in user_dirs() for word in ("--config-dir", str(path))]
         begun = (self.path / "config.yaml").is_file()
         words = (
-            [f"resume={quoted(self.path)}"]
+            [f"resume={quoted(str(self.path))}"]
             if begun
-            else [*self.words, f"run_dir={quoted(self.path)}"]
+            else [*self.words, f"run_dir={quoted(str(self.path))}"]
         )
         return [sys.executable, "-m", "routerlab.cli.main", "train", *folders, *words]
 
-    def error(self) -> str:
-        """Why it failed, in a line: from its status, or else the last error that it printed."""
-        said = (RunDirectory(self.path).read_json("status.json") or {}).get("error")
-        if said:
-            return str(said).splitlines()[0]
-        lines = (
-            self.log.read_text(errors="replace").strip().splitlines() if self.log.is_file() else []
-        )
-        found = (line for line in reversed(lines) if "rror" in line)
-        return next(found, lines[-1] if lines else "it printed nothing")
+    def error(self, said: bool = True) -> str:
+        """Why it failed, in a line: from its status (where ``said``), or else the last error that
+        it printed.
+        """
+        status = RunDirectory(self.path).read_json("status.json") or {}
+        if said and status.get("state") == "failed":
+            return str(status["error"]).splitlines()[0]
+        printed = self.log.read_text(errors="replace").strip() if self.log.is_file() else ""
+        lines = printed.splitlines() or ["it printed nothing"]
+        errors = (found for line in reversed(lines) if (found := _ERROR.search(line)))
+        last = next(errors, None)
+        return lines[-1].strip() if last is None else last["text"].strip()
 
 
+@runtime_checkable
 class Launcher(Protocol):
     """Where jobs are trained. It hands them over and tells which have ended, no matter how."""
 
@@ -82,9 +88,3 @@ class Launcher(Protocol):
         sentence what becomes of the jobs.
         """
         ...
-
-
-def quoted(path: Path) -> str:
-    """A path as the value of a hydra override."""
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from routerlab.core.config import ConfigError, compose
+from routerlab.core.config import ConfigError, compose, quoted
 from routerlab.core.errors import NonFiniteLossError
 from routerlab.training.checks import differences
 from routerlab.training.initial import PRETRAIN
@@ -44,8 +44,8 @@ class Beside:
             return folder, self
         cfg, start = self.cfg.copy(), str(run.path / PRETRAIN)
         cfg.init_from = start
-        quoted = start.replace("\\", "\\\\").replace("'", "\\'")
-        return folder, replace(self, cfg=cfg, overrides=[*self.overrides, f"init_from='{quoted}'"])
+        words = [*self.overrides, f"init_from={quoted(start)}"]
+        return folder, replace(self, cfg=cfg, overrides=words)
 
 
 def planned(cfg: DictConfig, overrides: Sequence[str]) -> list[Beside]:
