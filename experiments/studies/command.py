@@ -42,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(study: Study, arguments: argparse.Namespace) -> int:
     print(f"{study.name}: {study.question}")
     jobs = runner.plan(study, arguments.seeds or [0, 1, 2], arguments.output)
-    failed = runner.run(jobs, arguments.jobs, lambda text: print(text, flush=True))
-    return int(failed > 0)
+    code = runner.run(study, jobs, arguments.output, arguments.jobs)
+    if code > 2:  # Ctrl-C or SIGTERM: the runs have saved
+        raise KeyboardInterrupt
+    return code
 
 
 def _check(study: Study, arguments: argparse.Namespace) -> int:

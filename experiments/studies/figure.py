@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from routerlab.comparison.statistics import interval
+
 from .definition import Study
 from .results import Row, read_metrics
-from .statistics import interval
 from .table import by_seed, name
 
 _INK, _FAINT, _MARK, _LEAK = "#222222", "#9aa0a6", "#1f5fa8", "#c0392b"

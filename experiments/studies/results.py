@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from routerlab.analysis.compare import flat
+from routerlab.core.identity import flat
 
 from .definition import Study
 
@@ -49,9 +49,7 @@ def read_run(path: Path) -> Row:
     """
     summary, status = read_json(path / "summary.json"), read_json(path / "status.json")
     if status.get("state") != "done":
-        state = status.get(
-            "state", "failed" if path.with_name(f"{path.name}.log").is_file() else ""
-        )
+        state = status.get("state", "failed" if (path / "job.log").is_file() else "")
         return {"state": state or "missing", "error": error_of(path) if state == "failed" else ""}
     rows = read_metrics(path)
     layers = summary["layers"]
@@ -146,7 +144,7 @@ def error_of(path: Path) -> str:
     """Why a run failed, in a line: from its status, or else the last line that it printed."""
     if error := read_json(path / "status.json").get("error"):
         return error.splitlines()[0]
-    log = path.with_name(f"{path.name}.log")
+    log = path / "job.log"
     lines = log.read_text().strip().splitlines() if log.is_file() else []
     return next((ln for ln in reversed(lines) if "rror" in ln), lines[-1] if lines else "no log")
 

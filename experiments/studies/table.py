@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
+from routerlab.comparison.statistics import Interval, interval, paired
+
 from .definition import Study
 from .results import Row
-from .statistics import Interval, interval, paired
 
 NAMES = {
     "bits_per_byte": "bits/byte",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from routerlab.analysis import trace as trace
-    from routerlab.analysis.compare import compare as compare
+    from routerlab.comparison.frame import compare as compare
     from routerlab.core.config import available as available
     from routerlab.core.config import compose as compose
     from routerlab.core.routing import RouterOutput as RouterOutput
@@ -30,7 +30,7 @@ _PUBLIC = {
     "available": "routerlab.core.config",
     "build_backbone": "routerlab.training.build",
     "build_router": "routerlab.routers.build",
-    "compare": "routerlab.analysis.compare",
+    "compare": "routerlab.comparison.frame",
     "compose": "routerlab.core.config",
     "trace": "routerlab.analysis",
 }

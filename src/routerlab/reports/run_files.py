@@ -4,15 +4,18 @@ A run may have been killed at any moment, so every reader here returns what coul
 appends one plain sentence to the notes for what could not.
 """
 
-import io
+import csv
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
 
 Distributions = dict[str, dict[int, np.ndarray]]
 
@@ -54,7 +57,7 @@ def read_run(run_dir: Path) -> RunFiles:
     summary = _read_json(run_dir / "summary.json", notes)
     return RunFiles(
         name=str(summary.get("name") or run_dir.resolve().name),
-        metrics=_read_metrics(run_dir / "metrics.csv", notes),
+        metrics=read_metrics(run_dir / "metrics.csv", notes),
         distributions=_read_distributions(run_dir / "distributions.jsonl", notes),
         summary=summary,
         status=_read_json(run_dir / "status.json", notes),
@@ -126,45 +129,67 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     return value
 
 
-def _whole_lines(path: Path, notes: list[str]) -> str:
-    """A file's text up to its last newline: a kill can cut the last line, and a cut number lies."""
-    text = _read_text(path, notes)
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
+def _whole_bytes(path: Path, notes: list[str]) -> bytes:
+    """A file up to its last newline: a kill can cut the last line, and a cut number lies."""
+    if not path.is_file():
+        notes.append(f"{path.name} is missing.")
+        return b""
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
         notes.append(f"The last line of {path.name} was torn off while being written; ignored.")
     return whole
 
 
-def _read_metrics(path: Path, notes: list[str]) -> pd.DataFrame:
-    empty = pd.DataFrame({"step": pd.Series(dtype=float)})
-    text = _whole_lines(path, notes)
-    if not text.strip():
-        return empty
-    # Blank means "not logged"; the word nan means the run diverged. Only the first is no news.
-    raw = pd.read_csv(
-        io.StringIO(text),
-        keep_default_na=False,
-        na_values=[""],
-        index_col=False,
-        on_bad_lines="skip",
-        low_memory=False,
-    )
-    if "step" not in raw:
-        notes.append(f"{path.name} has no column named step; ignored.")
-        return empty
-    columns = {key: pd.to_numeric(raw[key], errors="coerce") for key in raw}
-    frame = pd.DataFrame(columns).replace([np.inf, -np.inf], np.nan)
+def read_metrics(path: Path, notes: list[str], keys: Sequence[str] | None = None) -> pd.DataFrame:
+    """Column ``step`` and one column a key (of ``keys`` only, if given, those that were logged);
+    blank and non-finite are NaN. Lines that were not wholly written are left out.
+    """
+    data = _whole_bytes(path, notes)
+    names = logged_keys(data)
+    if "step" not in names:
+        if names:
+            notes.append(f"{path.name} has no column named step; ignored.")
+        return pd.DataFrame({"step": pd.Series(dtype=float)})
+    wanted = names if keys is None else ["step", *(k for k in keys if k in names and k != "step")]
+    try:
+        raw = _parse_csv(data, wanted, pa.float64())
+        columns = {key: raw[key].to_numpy() for key in wanted}
+    except pa.ArrowInvalid:  # some cell is no number
+        raw = _parse_csv(data.decode("utf-8", "replace").encode(), wanted, pa.string())
+        columns = {k: pd.to_numeric(raw[k].to_pandas(), errors="coerce") for k in wanted}
+    frame = pd.DataFrame(columns, dtype=np.float64).replace([np.inf, -np.inf], np.nan)
     notes.extend(_divergence_notes(raw, frame))
     return frame.dropna(subset=["step"])
 
 
-def _divergence_notes(raw: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
+def logged_keys(data: bytes) -> list[str]:
+    """The columns that the first line of ``metrics.csv`` names."""
+    line = data[: data.find(b"\n")] if b"\n" in data else b""
+    return [name for name in next(csv.reader([line.decode("utf-8", "replace")]), []) if name]
+
+
+def _parse_csv(data: bytes, wanted: Sequence[str], dtype: pa.DataType) -> pa.Table:
+    # Blank means "not logged"; the word nan means the run diverged. Only the first is no news.
+    return pyarrow.csv.read_csv(
+        pa.BufferReader(data),
+        parse_options=pyarrow.csv.ParseOptions(invalid_row_handler=lambda _: "skip"),
+        convert_options=pyarrow.csv.ConvertOptions(
+            null_values=[""],
+            strings_can_be_null=True,
+            include_columns=list(wanted),
+            column_types=dict.fromkeys(wanted, dtype),
+        ),
+    )
+
+
+def _divergence_notes(raw: pa.Table, frame: pd.DataFrame) -> list[str]:
     """One sentence for each watched key that was logged as nan or infinite."""
     notes = []
     for key in WATCHED_FOR_NAN:
-        if key not in raw:
+        if key not in frame:
             continue
-        diverged = raw[key].notna().to_numpy() & frame[key].isna().to_numpy()
+        diverged = raw[key].is_valid().to_numpy() & frame[key].isna().to_numpy()
         steps = frame["step"].to_numpy()[diverged]
         if len(steps):
             where = f"{len(steps)} rows, first at step {np.nanmin(steps):g}"
@@ -175,7 +200,7 @@ def _divergence_notes(raw: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
 def _read_distributions(path: Path, notes: list[str]) -> Distributions:
     found: Distributions = {}
     unreadable = 0
-    for line in _whole_lines(path, notes).splitlines():
+    for line in _whole_bytes(path, notes).decode("utf-8", "replace").splitlines():
         try:
             row = json.loads(line)
             value = np.asarray(row["value"], dtype=np.float64)
