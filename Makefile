@@ -14,10 +14,10 @@ train: $(VENV)/.installed
 	$(BIN)/routerlab train experiment=quickstart
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --nbmake tests notebooks
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(BIN)/python -m pytest -q --nbmake tests notebooks -m "slow or not slow"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -66,11 +66,11 @@ def test_the_transfer_study_trains_its_skills_first(tmp_path: Path) -> None:
     assert transfer.sources("mhr_z") == ["skills_mhr"]
     assert "skills_mhr" not in transfer.compared
     jobs = plan(transfer, [3], tmp_path)
-    arms = [job.arm for job in jobs]
+    arms = [job.title.removesuffix(" seed 3") for job in jobs]
     assert arms.index("skills_mhr") < arms.index("mhr_z")
     skills = tmp_path / "mhr_transfer" / "skills_mhr" / "seed_3"
     job = jobs[arms.index("mhr_z")]
-    assert job.sources == (skills,)
+    assert job.after == (skills,)
     assert f"adapter.adapt_from={skills}/adapter" in job.words
 
 
@@ -81,8 +81,8 @@ def test_an_arm_does_not_start_from_a_failed_run(
     path = found.run_path(tmp_path, "before", 0)
     path.mkdir(parents=True)
     (path / "status.json").write_text('{"state": "failed"}')
-    jobs = [job for job in plan(found, [0], tmp_path) if job.arm == "after"]
-    assert run(jobs, workers=1) == 1
+    jobs = [job for job in plan(found, [0], tmp_path) if job.title == "after seed 0"]
+    assert run(found, jobs, tmp_path, workers=1) == 1
     assert "the run that it builds on failed" in capsys.readouterr().out
 
 

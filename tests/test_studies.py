@@ -1,8 +1,7 @@
-"""The studies of experiments/: definitions, runner, statistics, table."""
+"""The studies of experiments/: definitions, runner, table."""
 
 import csv
 import json
-import math
 import os
 import re
 import signal
@@ -15,12 +14,11 @@ from typing import Any
 
 import pytest
 import yaml
-from experiments.studies import command, runner
+from experiments.studies import command
 from experiments.studies.definition import Study, load, names
 from experiments.studies.figure import draw
 from experiments.studies.results import check_comparable, collect, read_run, write_csv
-from experiments.studies.runner import Job, plan
-from experiments.studies.statistics import interval, paired, t_quantile
+from experiments.studies.runner import plan, run
 from experiments.studies.table import table
 from experiments.studies.timing import check, measure
 
@@ -74,44 +72,6 @@ def finished(path: Path, bits: float, words: list[str] | None = None, **config: 
         "3,1.0,1.0,1.0,400.0,\n"  # 0.25 s
         "4,,,,,0.5\n"
     )
-
-
-# -- statistics -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("df", [1, 2, 5, 10, 11, 15, 30, 200])
-def test_t_quantile_leaves_a_fortieth_of_the_density_above_it(df: int) -> None:
-    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
-    steps = 20_000  # Simpson's rule from 0 to the quantile
-    width = t_quantile(df) / steps
-    values = [scale * (1 + (i * width) ** 2 / df) ** (-(df + 1) / 2) for i in range(steps + 1)]
-    area = values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2])
-    assert area * width / 3 == pytest.approx(0.475, abs=2e-6)
-
-
-def test_interval_by_hand() -> None:
-    # mean 2, standard deviation 1 (n - 1), t(2) = 4.3027: 4.3027 / sqrt(3) = 2.4841
-    found = interval([1.0, 2.0, 3.0])
-    assert (found.mean, found.count) == (2.0, 3)
-    assert found.half == pytest.approx(2.4841, abs=1e-4)
-    assert found.separated is False
-
-
-def test_one_value_has_no_interval() -> None:
-    found = interval([2.5])
-    assert (found.mean, found.half, found.separated) == (2.5, None, None)
-
-
-def test_pairs_of_seeds_cancel_what_they_share() -> None:
-    # differences -0.1, -0.1, -0.13 over seeds that differ by 1: mean -0.11, sd 0.01732,
-    # 4.3027 * 0.01732 / sqrt(3) = 0.0430
-    found = paired({0: 1.9, 1: 2.9, 2: 3.87, 7: 0.0}, {0: 2.0, 1: 3.0, 2: 4.0})
-    assert found is not None
-    assert found.count == 3  # seed 7 has no partner
-    assert found.mean == pytest.approx(-0.11)
-    assert found.half == pytest.approx(0.0430, abs=1e-4)
-    assert found.separated is True
-    assert paired({0: 1.0}, {1: 1.0}) is None
 
 
 # -- definitions ----------------------------------------------------------------------------------
@@ -178,47 +138,41 @@ def test_an_unknown_study_is_told_which_there_are(capsys: pytest.CaptureFixture)
 
 def test_all_arms_of_a_seed_come_before_the_next_seed(tmp_path: Path) -> None:
     jobs = plan(study(tmp_path / "s"), [3, 1], tmp_path / "out")
-    assert [(job.arm, job.seed) for job in jobs] == [("a", 3), ("b", 3), ("a", 1), ("b", 1)]
-    path = tmp_path / "out/s/b/seed_1"
-    assert jobs[3].path == path
-    assert jobs[3].words == [
-        "experiment=study", "router.top_k=1", "seed=1", f"run_dir={path}", "logger=[]",
-    ]  # fmt: skip
+    assert [job.title for job in jobs] == ["a seed 3", "b seed 3", "a seed 1", "b seed 1"]
+    assert jobs[3].path == tmp_path / "out/s/b/seed_1"
+    assert jobs[3].words == ("experiment=study", "router.top_k=1", "seed=1", "logger=[]")
+    assert jobs[3].command()[-5:] == [*jobs[3].words, f"run_dir='{jobs[3].path}'"]
 
 
-def test_finished_runs_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = plan(study(tmp_path / "s"), [0], tmp_path / "out")
-    finished(jobs[0].path, 2.5, jobs[0].words)
-    started, said = [], []
-
-    def train(job: Job, *_: Any) -> tuple[str, float]:
-        started.append(job.arm)
-        return "FAILED, because", 1.0
-
-    monkeypatch.setattr(runner, "_train", train)
-    assert runner.run(jobs, 1, said.append) == 1
-    assert started == ["b"]
-    assert said[0] == "1 of 2 runs are done already, 1 to go"
-    assert said[1].startswith("[1/1] b seed 0: FAILED, because (1 s); 0 left")
+def test_finished_runs_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms, out = study(tmp_path / "s"), tmp_path / "out"
+    jobs = plan(arms, [0], out)
+    for job in jobs:
+        finished(job.path, 2.5, [*job.words, f"run_dir='{job.path}'"])
+    assert run(arms, jobs, out, 1) == 0
+    assert not any(job.log.exists() for job in jobs)
+    said = capsys.readouterr().out
+    assert "2 of 2 runs are done already, 0 to go" in said
+    assert "next: python experiments/study.py report s" in said
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     job = plan(study(tmp_path / "s"), [0], tmp_path / "out")[0]
     assert job.state() == "new"
-    assert job.command()[-len(job.words) :] == job.words
-    finished(job.path, 2.5, job.words)
+    finished(job.path, 2.5, list(job.words))
     assert job.state() == "done"
     for state in ("running", "failed", "preempted"):
         (job.path / "status.json").write_text(json.dumps({"state": state}))
-        assert job.state() == "interrupted"
-        assert job.command()[-2:] == ["train", f"resume={job.path}"]
+        assert job.state() == ("failed" if state == "failed" else "cut")
+        assert job.command()[-2:] == ["train", f"resume='{job.path}'"]
 
 
 def test_a_run_of_other_overrides_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    job = plan(study(tmp_path / "s"), [0], tmp_path / "out")[1]
+    arms, out = study(tmp_path / "s"), tmp_path / "out"
+    job = plan(arms, [0], out)[1]
     finished(job.path, 2.5, [word.replace("top_k=1", "top_k=2") for word in job.words])
     with pytest.raises(ValueError, match="holds a run of other overrides"):
-        runner.run([job], 1, print)
+        run(arms, [job], out, 1)
 
 
 # -- report ---------------------------------------------------------------------------------------
@@ -262,7 +216,9 @@ def test_failed_and_missing_runs_are_told(tmp_path: Path) -> None:
     failed = arms.run_path(out, "b", 0)
     failed.mkdir(parents=True)
     (failed / "status.json").write_text('{"state": "failed", "error": "NonFinite: nan\\nmore"}')
-    failed.with_name("seed_1.log").write_text("hello\nerror: router.top_k=99\nbye\n")
+    printed = failed.with_name("seed_1") / "job.log"
+    printed.parent.mkdir()
+    printed.write_text("hello\nerror: router.top_k=99\nbye\n")
     rows = collect(arms, [0, 1, 2], out)
     page = table(arms, rows, {})
     assert "| b | 0 | - | - | - | - | - |" in page

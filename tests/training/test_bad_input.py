@@ -16,6 +16,7 @@ CASES = {
     "router.normalize_weights=1": ["router.normalize_weights=1", "must be bool"],
     "backbone.rope_theta=high": ["backbone.rope_theta='high'", "must be float"],
     "trace_sequences=-1": ["trace_sequences=-1", "0 or more"],
+    "trace_validations=often": ["trace_validations=often", "true or false"],
     "router.capacity_factor=0.0": ["capacity_factor=0.0", "above 0"],
     "router.capacity_factor=-1.5": ["capacity_factor=-1.5", "above 0"],
     "router.score_fn=tanh": ["score_fn='tanh'", "'softmax', 'sigmoid'"],

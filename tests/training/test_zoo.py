@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from routerlab.analysis.compare import compare
+from routerlab.comparison.frame import compare
 from routerlab.core.config import available, compose
 from routerlab.objectives.causal_lm import CausalLM
 from routerlab.objectives.lookahead import looks_ahead

@@ -1,13 +1,15 @@
 """Recorded routings: what every router of a model decided on given tokens, in one file."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -57,7 +59,9 @@ class Trace:
 
 
 def save(path: str | Path, trace: Trace) -> Path:
-    """Writes a trace as safetensors: int32 tokens, int16 experts, float32 weights."""
+    """Writes a trace as safetensors: int32 tokens, int16 experts, float32 weights; whole or not at
+    all.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"input_ids": trace.input_ids.int(), "domain_ids": trace.domain_ids.short()}
@@ -67,8 +71,9 @@ def save(path: str | Path, trace: Trace) -> Path:
         tensors[f"{name}/combine_weights"] = layer.combine_weights.clone()
     layers = {name: layer.num_experts for name, layer in trace.layers.items()}
     about = {"version": _VERSION, "domains": trace.domains, "layers": layers}
-    save_file(tensors, path, metadata={"routerlab_trace": json.dumps(about)})
-    return path
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, scratch, metadata={"routerlab_trace": json.dumps(about)})
+    return scratch.replace(path)
 
 
 def load(path: str | Path) -> Trace:
@@ -78,7 +83,7 @@ def load(path: str | Path) -> Trace:
         path = path / "traces" / "validation.safetensors"
     if not path.is_file():
         raise ValueError(f"{str(path)!r}: no such trace")
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         text = (file.metadata() or {}).get("routerlab_trace")
         if text is None:
             raise ValueError(f"{str(path)!r}: not a routerlab trace")
@@ -96,6 +101,13 @@ def load(path: str | Path) -> Trace:
         }
         ids = file.get_tensor("input_ids").long()
         return Trace(ids, file.get_tensor("domain_ids").long(), about["domains"], layers)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r}: not a routerlab trace ({error})") from error
 
 
 def record(

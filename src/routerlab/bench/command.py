@@ -21,6 +21,7 @@ SUBJECTS = {
     "adapters": "mixtures of LoRA against plain LoRA; samples of ReMix against the soft mixture",
     "recording": "a model of transformers whose routings are recorded, against the same without",
     "tuning": "tuning the routers of a model of transformers, against full fine-tuning",
+    "running": "what checkpoints, comparisons and sweeps cost beside the training itself",
 }
 ROUTERS_SHAPE = "4096,256,256,64,8"
 STEP_SECONDS = 5  # seconds for a variant of the training step, in units of --seconds
@@ -81,6 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=5.0, help="for each row (default 5)")
     _add_sizes(tuning, moe_sizes.names())
     _add_common(tuning)
+    running = subjects.add_parser("running", help=SUBJECTS["running"])
+    add = running.add_argument
+    add("--jobs", type=int, default=3, help="of a sweep (default 3)")
+    add("--runs", type=int, default=200, help="that are compared (default 200)")
+    add("--steps", type=int, default=2000, help="that each of them has logged (default 2000)")
+    add(
+        "--folder", type=Path, default=Path(), help="where runs are written and deleted (default .)"
+    )
+    add("--seconds", type=float, default=20.0, help="of training with checkpoints (default 20)")
+    _add_common(running)
     return parser
 
 
@@ -245,6 +256,23 @@ def _bench_tuning(arguments: argparse.Namespace, settings: "Settings") -> int:
     return 0
 
 
+def _bench_running(arguments: argparse.Namespace, settings: "Settings") -> int:
+    from rich.console import Console
+
+    from routerlab.bench import running
+
+    numbers = running.Numbers(arguments.jobs, arguments.runs, arguments.steps)
+    if not arguments.folder.is_dir():
+        raise ValueError(f"--folder={arguments.folder}: no such folder")
+    console = Console()
+    with console.status("") as status:
+        rows = running.bench_running(numbers, settings, arguments.folder, status.update)
+    console.print(running.running_table(rows))
+    if arguments.json is not None:
+        _write(arguments.json, running.running_json(numbers, rows, settings))
+    return 0
+
+
 def _numbers(text: str) -> list[int]:
     if text == "none":
         return []
@@ -262,6 +290,7 @@ _RUNS: dict[str, Callable[[argparse.Namespace, "Settings"], int]] = {
     "adapters": _bench_adapters,
     "recording": _bench_recording,
     "tuning": _bench_tuning,
+    "running": _bench_running,
 }
 
 

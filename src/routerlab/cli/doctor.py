@@ -36,7 +36,7 @@ def facts() -> dict[str, Any]:
     from routerlab.core.config import compose, config_dir
     from routerlab.moe.layer import DISPATCHES
     from routerlab.training.environment import environment
-    from routerlab.training.loggers import wandb_mode
+    from routerlab.training.tracking import wandb_mode
 
     found, cfg = environment(), compose()
     hardware, cache = found["hardware"], Path(cfg.paths.cache_dir).expanduser()

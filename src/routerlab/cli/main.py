@@ -10,8 +10,9 @@ from routerlab.core.errors import NonFiniteLossError
 
 # word -> (module with main(argv) -> exit code, one line)
 COMMANDS = {
-    "train": ("routerlab.cli.train", "train a run, or go on with one (resume=DIR)"),
+    "train": ("routerlab.cli.train", "train a run, go on with one (resume=DIR), or many (-m)"),
     "eval": ("routerlab.cli.evaluate", "validate the newest checkpoint of a run (run=DIR)"),
+    "compare": ("routerlab.cli.compare", "runs side by side, and whether that is fair (PATH...)"),
     "routers": ("routerlab.cli.routers", "list the routers"),
     "adapters": ("routerlab.cli.adapters", "list what a pretrained model is fine-tuned with"),
     "certify": ("routerlab.certify.command", "check a router against its contract (router=NAME)"),
@@ -22,6 +23,7 @@ COMMANDS = {
         "routerlab.cli.audit_loss",
         "what other frameworks' balancing losses say of a routing",
     ),
+    "wandb-view": ("routerlab.cli.wandb_view", "a view of W&B for routers (ENTITY/PROJECT)"),
     "bench": ("routerlab.bench.command", "measure the MoE layer, routers, adapters or tuning"),
     "doctor": ("routerlab.cli.doctor", "look at this machine and run a self-test"),
 }
@@ -37,6 +39,9 @@ usage: routerlab COMMAND [OPTION ...]
   routerlab train experiment=quickstart router.top_k=1 router.normalize_weights=false
   routerlab train experiment=remix_quickstart      fine-tune a language model with LoRA experts
   routerlab train experiment=roma_quickstart       tune the routers of a pretrained model
+  routerlab train -m router=hash,switch seed=0,1   train all of them; the same command goes on
+  routerlab train sweep=routers --dry-run          the jobs of a sweep file, and their cost
+  routerlab train -m --help                        sweeps: --trials, --search, launcher=slurm
   routerlab train --cfg job                        show the whole config
   routerlab train --config-dir my_lab router=mine  use your own router
 """

@@ -137,4 +137,5 @@ def _directory(run: Run) -> Path:
 def _curve(steps: Sequence[int], values: np.ndarray) -> Curve:
     """Means over layers [S or S-1] at the steps that they belong to: the last ones."""
     means = np.array([mean(row) for row in values.tolist()])
-    return Curve(np.array(steps[-len(values) :], dtype=float), means)
+    known = ~np.isnan(means)
+    return Curve(np.array(steps[-len(values) :], dtype=float)[known], means[known])

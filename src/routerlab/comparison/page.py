@@ -159,7 +159,7 @@ def _agreement_section(drawn: Sequence[Group]) -> Section:
         "of the recorded sequences, and judged on the other half; chance is the same with the "
         "tokens of one model in random order. Off the diagonal: two groups, at the first seed that "
         "both have. On it: the seeds of one group among themselves (the first "
-        f"{MOST_SEEDS}), where there are several.{some}",
+        f"{MOST_SEEDS}), where there are several. Empty cells have nothing to compare.{some}",
         "the routing of the same tokens",
     )
     return _with_reasons(part, found.missing)

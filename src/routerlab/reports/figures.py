@@ -186,11 +186,11 @@ def escape_label(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def thinned(layers: list[str]) -> list[str]:
-    """At most `MAX_LAYERS` of the layers, evenly spaced, the first and the last among them."""
-    if len(layers) <= MAX_LAYERS:
+def thinned(layers: list[str], most: int = MAX_LAYERS) -> list[str]:
+    """At most ``most`` of the layers, evenly spaced, the first and the last among them."""
+    if len(layers) <= most:
         return layers
-    places = np.linspace(0, len(layers) - 1, MAX_LAYERS).round().astype(int)
+    places = np.linspace(0, len(layers) - 1, most).round().astype(int)
     return [layers[place] for place in places]
 
 

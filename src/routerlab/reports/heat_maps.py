@@ -34,7 +34,7 @@ def load_figure(distributions: Distributions) -> go.Figure | None:
         return None
     columns = min(len(layers), 3 if len(layers) > 6 else 2)
     experts = max(len(_vectors(history)[-1][1]) for history in layers.values())
-    fig = _maps(list(layers), columns, height=min(max(160, experts * 20), 280))
+    fig = maps(list(layers), columns, height=min(max(160, experts * 20), 280))
     for place, history in enumerate(layers.values()):
         steps, loads = _binned(_vectors(history))
         trace = go.Heatmap(
@@ -65,7 +65,7 @@ def domain_figure(
     num_domains, experts = np.max([table.shape for table in tables.values()], axis=0).tolist()
     columns = 2 if experts <= 10 and len(tables) > 1 else 1
     has_text = experts <= MAX_EXPERTS_WITH_TEXT
-    fig = _maps(list(tables), columns, height=num_domains * (30 if has_text else 20))
+    fig = maps(list(tables), columns, height=num_domains * (30 if has_text else 20))
     for place, table in enumerate(tables.values()):
         even = (top_k or float(np.nanmean(table.sum(axis=1)))) / table.shape[1]
         names = [escape_label(name) for name in _row_names(domains, len(table))]
@@ -124,7 +124,7 @@ def _row_names(domains: list[str], rows: int) -> list[str]:
     return domains if len(domains) == rows else [f"domain {row}" for row in range(rows)]
 
 
-def _maps(layers: list[str], columns: int, height: int) -> go.Figure:
+def maps(layers: list[str], columns: int, height: int) -> go.Figure:
     """An empty grid of heat maps of some height each, with one shared colour bar."""
     rows = math.ceil(len(layers) / columns)
     gap = 56

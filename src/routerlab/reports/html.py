@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
-from plotly.offline import get_plotlyjs
-
 from routerlab.reports import figures, fine_tuning, tables
+from routerlab.reports.document import box, card, document, write
 from routerlab.reports.run_files import RunFiles, curve, number, read_run, section
 from routerlab.reports.sections import (
     Section,
@@ -17,19 +16,10 @@ from routerlab.reports.sections import (
     training_sections,
 )
 
-# The browser itself then refuses any request that a future plotly might want to make.
-INLINE = "'unsafe-inline'"
-POLICY = f"default-src 'none'; script-src {INLINE}; style-src {INLINE}; img-src data: blob:"
-
 
 def write_report(run_dir: Path) -> Path:
     """The path of `<run_dir>/report.html`, freshly written from the other files there."""
-    page = render(read_run(run_dir))
-    path = run_dir / "report.html"
-    # A reader who reloads the page never meets half of it.
-    unfinished = run_dir / "report.html.tmp"
-    unfinished.write_text(page, encoding="utf-8")
-    return unfinished.replace(path)
+    return write(run_dir / "report.html", render(read_run(run_dir)))
 
 
 def render(run: RunFiles) -> str:
@@ -38,18 +28,10 @@ def render(run: RunFiles) -> str:
         head, sections = fine_tuning.tiles(run), [*fine_tuning.sections(run)]
     else:
         head, sections = tables.tiles(run), [*_number_sections(run), *_figure_sections(run)]
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    cards = "".join(map(_card, sections))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(run.name)} · routerlab</title><style>{style}</style>"
-        f"<script>{get_plotlyjs()}</script></head>"
-        f"<body>{_header(run, sections)}<main>{_overrides(run)}{_error(run)}{_leak(run)}"
-        f"{_notes(run)}"
-        f"{head}{cards}{_details(run)}</main></body></html>\n"
-    )
+    missing = box("notes", "notes", "What this page could not show", run.notes)
+    cards = "".join(map(card, sections))
+    main = f"{_overrides(run)}{_error(run)}{_leak(run)}{missing}{head}{cards}{_details(run)}"
+    return document(run.name, _heading(run), sections, main)
 
 
 def _number_sections(run: RunFiles) -> Iterator[Section]:
@@ -81,20 +63,12 @@ def _figure_sections(run: RunFiles) -> Iterator[Section]:
     yield from training_sections(run)
 
 
-def _card(part: Section) -> str:
-    caption = f'<p class="caption">{escape(part.caption)}</p>' if part.caption else ""
-    head = f'<section id="{part.anchor}"><h2>{escape(part.title)}</h2>'
-    return f"{head}{part.body}{caption}</section>"
-
-
-def _header(run: RunFiles, sections: list[Section]) -> str:
+def _heading(run: RunFiles) -> str:
     state = escape(str(run.status.get("state") or "unknown state"))
     kind = state if state in ("running", "failed", "preempted", "done") else "unknown"
-    links = "".join(f'<a href="#{part.anchor}">{part.nav}</a>' for part in sections)
     return (
-        f'<header><div class="bar-inner"><span class="run" title="{escape(run.name)}">'
-        f'{escape(run.name)}</span><span id="state" class="badge {kind}">{state}</span>'
-        f"<nav>{links}</nav></div></header>"
+        f'<span class="run" title="{escape(run.name)}">{escape(run.name)}</span>'
+        f'<span id="state" class="badge {kind}">{state}</span>'
     )
 
 
@@ -131,16 +105,6 @@ def _leak(run: RunFiles) -> str:
     return (
         f'<div id="leak" class="box {kind}" role="alert"><strong>This run looks ahead {ahead}'
         f"</strong>: {meaning}</div>"
-    )
-
-
-def _notes(run: RunFiles) -> str:
-    if not run.notes:
-        return ""
-    items = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
-    return (
-        '<div id="notes" class="box notes"><strong>What this page could not show</strong>'
-        f"<ul>{items}</ul></div>"
     )
 
 

@@ -62,6 +62,7 @@ def tiles(run: RunFiles) -> str:
     speed = number(run.summary, "tokens_per_second")
     speed = last(run.metrics, "train/tokens_per_second") if speed is None else speed
     active = number(run.summary, "parameters", "active")
+    flops = number(run.summary, "flops_per_token")
     seconds = number(run.summary, "train_seconds")
     loss = number(run.summary, "val", "loss")
     loss = last(run.metrics, "val/loss") if loss is None else loss
@@ -73,7 +74,7 @@ def tiles(run: RunFiles) -> str:
         tile(
             "Parameters",
             amount(number(run.summary, "parameters", "total")),
-            f"{amount(active)} active per token",
+            f"{amount(active)} active, {amount(flops)} FLOPs per token",
         ),
         _dead_experts(run),
         tile("Training time", duration(seconds), f"{steps(run)} steps, {tokens(run)} tokens"),

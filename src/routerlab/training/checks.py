@@ -21,6 +21,8 @@ def check_trainer(cfg: DictConfig) -> None:
         raise ConfigError(f"trainer.max_steps={cfg.trainer.max_steps}: must be at least 1")
     if cfg.trace_sequences < 0:
         raise ConfigError(f"trace_sequences={cfg.trace_sequences}: must be 0 or more")
+    if not isinstance(wanted := cfg.get("trace_validations", False), bool):
+        raise ConfigError(f"trace_validations={wanted}: must be true or false")
     if "accumulate_grad_batches" in cfg.trainer:
         raise ConfigError(
             "trainer.accumulate_grad_batches: a batch is one optimizer step here; cut it with "

@@ -2,32 +2,71 @@
 
 import csv
 import json
-import os
-import socket
-from collections.abc import Mapping
-from hashlib import sha1
-from netrc import NetrcParseError, netrc
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from routerlab.core.instantiate import partial
+from routerlab.core.config import ConfigError
+from routerlab.core.identity import PLACES, within
+from routerlab.core.instantiate import locate, partial
 from routerlab.training.run_directory import RunDirectory
+from routerlab.training.tracking import BEST
+from routerlab.training.weights_and_biases import Wandb, check_settings
 
 Distributions = Mapping[str, list]
 
 
+def check_loggers(cfg: DictConfig) -> None:
+    """Refuses what a tracker would refuse once training runs."""
+    for name, node in (cfg.get("logger") or {}).items():
+        if not issubclass(locate(node["_target_"]), Wandb):
+            continue
+        settings = {key: node.get(key) for key in ("project", "entity", "max_keys") if key in node}
+        try:
+            check_settings(**{"entity": None, "max_keys": 1} | settings, group=cfg.get("group"))
+        except ValueError as error:
+            key = "" if str(error).startswith("group=") else f"logger.{name}."
+            raise ConfigError(f"{key}{error}") from error
+
+
 def build_loggers(cfg: DictConfig, run: RunDirectory, ahead: str) -> list[Any]:
-    """The loggers of a config; ``ahead``: whether its routing looks at later tokens, and when."""
-    settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    router = cfg.router["_target_"].rsplit(".", 1)[-1] if cfg.get("router") else "no router"
-    tags = run.overrides if ahead == "no" else [f"looks ahead {ahead}", *run.overrides]
-    shared = {"directory": run.path, "config": settings, "job_type": router, "tags": tags}
-    return [partial(node)(**shared) for node in (cfg.get("logger") or {}).values()]
+    """The loggers of a config; ``ahead``: whether its routing looks at later tokens, and when.
+
+    Each gets the run's directory, its config (with the chosen files under ``choices``), the group
+    of its sweep, its router as ``job_type``, and tags: its own and the words of the command line.
+    """
+    chosen = run.choices
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    tags = [*([f"looks ahead {ahead}"] if ahead != "no" else []), *_short(run.overrides)]
+    shared = {
+        "directory": run.path,
+        "config": config | {"choices": chosen},
+        "group": cfg.get("group"),
+        "job_type": chosen.get("router", "no router"),
+    }
+    nodes = (cfg.get("logger") or {}).values()
+    return [partial(node)(**shared, tags=[*(node.get("tags") or []), *tags]) for node in nodes]
+
+
+def log_headline(loggers: Sequence[Logger], run: RunDirectory) -> None:
+    """Sends the headline of a finished run, and its best values by ``metrics.csv``, to W&B."""
+    rows = MetricsFiles(run.path).rows()
+    seen = {key: [float(row[key]) for row in rows if row.get(key)] for key in BEST}
+    choose = {"min": min, "max": max}
+    best = {key: choose[BEST[key]](values) for key, values in seen.items() if values}
+    for logger in loggers:
+        if isinstance(logger, Wandb):
+            logger.log_headline(run.read_json("summary.json"), best)
+
+
+def _short(overrides: list[str]) -> list[str]:
+    """The words that say what a run computes, without those that say where."""
+    words = [word.lstrip("+~") for word in overrides if "/" not in word]
+    return [word for word in words if not within(word.split("=")[0], PLACES)]
 
 
 class MetricsFiles(Logger):
@@ -110,126 +149,6 @@ class MetricsFiles(Logger):
             writer.writeheader()
             writer.writerows(rows)
         scratch.replace(self.metrics)
-
-
-class Wandb(WandbLogger):
-    """Weights & Biases, offline unless a key is set and the server answers; never a prompt.
-
-    Scalars keep their path-like keys. Training sends means over layers, and single layers only
-    while ``max_keys`` allows it, so that a deep model does not flood the page; the CSV always has
-    all. Distributions over experts become histograms, and at validation a layer-by-expert heat map
-    and an expert-by-domain table.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        project: str = "routerlab",
-        max_keys: int = 200,
-        config: dict[str, Any] | None = None,
-        job_type: str | None = None,
-        tags: list[str] | None = None,
-    ) -> None:
-        if max_keys < 1:
-            raise ValueError(f"max_keys={max_keys}: must be at least 1")
-        import wandb
-
-        self.max_keys = max_keys
-        super().__init__(
-            project=project,
-            name=directory.name[:200],
-            id=sha1(str(directory).encode()).hexdigest()[:8],  # a restart continues the run
-            save_dir=str(directory),
-            mode=wandb_mode(),
-            resume="allow",
-            config=config,
-            job_type=job_type,
-            tags=[tag[:64] for tag in tags or []],
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                x_disable_stats=True,
-                disable_git=True,
-                save_code=False,
-                init_timeout=30,
-                x_transaction_log_flush_interval=1.0,  # kill -9 loses a second, not a run
-            ),
-        )
-        self._wandb_init.pop("anonymous", None)  # lightning passes it, wandb warns of it
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Sends scalars, single layers only up to ``max_keys``."""
-        super().log_metrics(capped(metrics, self.max_keys), step)
-
-    @rank_zero_only
-    def log_distributions(self, distributions: Distributions, step: int) -> None:
-        """Sends histograms of expert loads; at validation also heat maps."""
-        import numpy as np
-        import wandb
-
-        loads = {k: v for k, v in distributions.items() if k.endswith("/expert_load")}
-        row: dict[str, Any] = {"trainer/global_step": step}
-        for name, load in list(loads.items())[: self.max_keys]:
-            edges = np.arange(len(load) + 1)
-            row[name] = wandb.Histogram(np_histogram=(np.asarray(load), edges))
-        if any(name.startswith("val/") for name in loads) and _same_length(loads):
-            image = heat_map(np.asarray(list(loads.values())))
-            row["val/router/load_by_layer_and_expert"] = wandb.Image(image)
-        for name, table in distributions.items():
-            if name.endswith("/expert_by_domain") and len(row) < self.max_keys:
-                row[name] = wandb.Image(heat_map(np.asarray(table)))
-        if len(row) > 1:
-            self.experiment.log(row)
-
-
-def capped(metrics: Mapping[str, float], max_keys: int) -> dict[str, float]:
-    """``metrics``, without those of single layers if there are more than ``max_keys``."""
-    if len(metrics) <= max_keys:
-        return dict(metrics)
-    return {key: value for key, value in metrics.items() if "/layers." not in key}
-
-
-def wandb_mode() -> str:
-    """``WANDB_MODE`` if it is not online; else online if there is a key and the server answers in
-    3 s; else offline. W&B itself would prompt without a key and wait without a network.
-    """
-    mode = os.environ.get("WANDB_MODE", "online")
-    if mode != "online":
-        return mode
-    address = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    if not (os.environ.get("WANDB_API_KEY") or _netrc_has(address.hostname)):
-        return "offline"
-    port = address.port or (443 if address.scheme == "https" else 80)
-    try:
-        socket.create_connection((address.hostname or "", port), timeout=3).close()
-    except OSError:
-        return "offline"
-    return "online"
-
-
-def _netrc_has(host: str | None) -> bool:
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return netrc(path).authenticators(host or "") is not None
-    except (OSError, NetrcParseError):
-        return False
-
-
-def heat_map(table: Any) -> Any:
-    """A [rows, experts] table as an RGB image: white is an even share, red more, blue less."""
-    import numpy as np
-    from PIL import Image
-
-    share = table / np.clip(table.mean(axis=1, keepdims=True), 1e-12, None)
-    above, below = np.clip(share - 1, 0, 1), np.clip(1 - share, 0, 1)
-    rgb = np.stack([1 - below, 1 - np.maximum(above, below), 1 - above], axis=-1)
-    image = Image.fromarray((255 * rgb).astype(np.uint8))
-    return image.resize((24 * table.shape[1], 24 * table.shape[0]), Image.Resampling.NEAREST)
-
-
-def _same_length(loads: Distributions) -> bool:
-    return len({len(load) for load in loads.values()}) == 1
 
 
 def _replace(path: Path, text: str) -> None:

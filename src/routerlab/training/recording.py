@@ -1,4 +1,4 @@
-"""What the routers of a finished run decide on some held-out sequences."""
+"""What the routers of a run decide on some held-out sequences."""
 
 from typing import Any
 
@@ -9,43 +9,52 @@ from torch.nn import functional as F
 
 from routerlab.analysis import trace
 from routerlab.objectives.routed import RoutedObjective
+from routerlab.objectives.step import Batch
 from routerlab.training.assemble import has_tasks
 from routerlab.training.run_directory import RunDirectory
 
 
-@torch.no_grad()
 def record(cfg: DictConfig, run: RunDirectory, data: Any, objective: RoutedObjective) -> None:
     """Keeps the routing of ``cfg.trace_sequences`` held-out sequences, evenly spaced, in
     ``traces/validation.safetensors``; nothing where the model has no router.
     """
+    if objective.backbone.moe_layers:
+        found = routing(objective, sequences(data, cfg.trace_sequences))
+        trace.save(run.path / "traces" / "validation.safetensors", found)
+
+
+@torch.no_grad()
+def routing(objective: RoutedObjective, batch: Batch) -> trace.Trace:
+    """What the routers decide on a batch of `sequences`, in evaluation mode; the weights, the state
+    of the routers and the random generators stay as they are.
+    """
     backbone: Any = objective.backbone
-    if not backbone.moe_layers:
-        return
-    if has_tasks(data):
-        batch = _items(data, cfg.trace_sequences)
-        batch = {key: value.to(objective.device) for key, value in batch.items()}
-        was_training = backbone.training
-        backbone.eval()
-        context = objective.context(batch, objective.global_step, 0)
-        records = backbone(batch["input_ids"], context).router_outputs
-        backbone.train(was_training)
-        found = trace.Trace.of(batch["input_ids"], batch["domain"], objective.domains, records)
-    else:
-        ids, domains = (value.to(objective.device) for value in _windows(data, cfg.trace_sequences))
-        found = trace.record(backbone, ids, domains, objective.domains)
-    trace.save(run.path / "traces" / "validation.safetensors", found)
+    batch = {key: value.to(objective.device) for key, value in batch.items()}
+    if "valid" not in batch:
+        return trace.record(backbone, batch["input_ids"], batch["domain"], objective.domains)
+    was_training = backbone.training
+    backbone.eval()
+    context = objective.context(batch, objective.global_step, 0)
+    records = backbone(batch["input_ids"], context).router_outputs
+    backbone.train(was_training)
+    return trace.Trace.of(batch["input_ids"], batch["domain"], objective.domains, records)
 
 
-def _windows(data: Any, most: int) -> list[Tensor]:
-    """Evenly spaced held-out windows [B S] and their domains [B]."""
+def sequences(data: Any, most: int) -> Batch:
+    """At most ``most`` held-out sequences, evenly spaced over those of the validations."""
+    return _items(data, most) if has_tasks(data) else _windows(data, most)
+
+
+def _windows(data: Any, most: int) -> dict[str, Tensor]:
+    """Windows of text [B S] and their domains [B]."""
     dataset = data.val_dataloader().dataset
     count = min(most, len(dataset))
     items = [dataset[i * len(dataset) // count] for i in range(count)]
-    return [torch.stack([item[key] for item in items]) for key in ("input_ids", "domain")]
+    return {key: torch.stack([item[key] for item in items]) for key in ("input_ids", "domain")}
 
 
 def _items(data: Any, most: int) -> dict[str, Tensor]:
-    """Right answers only, evenly spaced over the held-out items, padded on the left."""
+    """Items with their right answers, padded on the left."""
     rows: list[dict[str, Tensor]] = []
     for batch in data.val_dataloader():
         for row in batch["gold"].nonzero().flatten().tolist():

@@ -123,6 +123,12 @@ class RunDirectory:
         """The command-line words that the run was started with."""
         return list(OmegaConf.to_object(OmegaConf.load(self.path / "overrides.yaml")))  # type: ignore[call-overload]
 
+    @property
+    def choices(self) -> dict[str, str]:
+        """The file chosen from each config group; of a run that did not keep it, nothing."""
+        path = self.path / "choices.yaml"
+        return dict(OmegaConf.to_object(OmegaConf.load(path))) if path.is_file() else {}  # type: ignore[call-overload]
+
     def write_config(self, cfg: DictConfig, overrides: Sequence[str]) -> None:
         """Keeps the words, the config files that they chose, and the resolved config."""
         self._write("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(overrides))))

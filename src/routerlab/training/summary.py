@@ -1,14 +1,20 @@
 """The headline of a run."""
 
+import shlex
+import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from rich.console import Console
 from rich.table import Table
 
+from routerlab.analysis.flops import forward_flops
 from routerlab.objectives.routed import RoutedObjective
+from routerlab.objectives.step import Batch
 from routerlab.training.assemble import has_tasks
 from routerlab.training.callbacks.metrics import Metrics
+from routerlab.training.recording import sequences
 from routerlab.training.run_directory import RunDirectory
 from routerlab.training.task_results import print_accuracies, print_alignment, task_results
 
@@ -19,6 +25,7 @@ _LAYER = (
 )  # fmt: skip
 
 
+_COUNTED = 8  # sequences whose forward passes are counted
 LOOKS_AHEAD = {
     "in training": (
         "Training looks ahead: routing depended on later tokens; the evaluation above does not."
@@ -51,6 +58,7 @@ def summarize(
         "train_seconds": metrics.train_seconds,
         "tokens_per_second": metrics.tokens / max(metrics.train_seconds, 1e-9),
         "parameters": backbone.count_parameters(),
+        "flops_per_token": flops_per_token(data, objective),
         "looks_ahead": objective.looks_ahead,
         **results,
         "domains": objective.domains,
@@ -58,6 +66,36 @@ def summarize(
         "top_k": getattr(layers[0].router, "top_k", None) if layers else None,
         "layers": [_layer(name, scalars) for name in backbone.layer_names],
     }
+
+
+def flops_per_token(data: Any, objective: RoutedObjective) -> float | None:
+    """`forward_flops` for each token of some held-out sequences, without padding; None, with a
+    warning, where the model does not let them be counted.
+    """
+    batch = {name: value.to(objective.device) for name, value in sequences(data, _COUNTED).items()}
+    flops, tokens = 0, 0
+    try:
+        for part in _without_padding(batch):
+            context = objective.context(part, objective.global_step, 0)
+            flops += forward_flops(objective.backbone, part["input_ids"], context)
+            tokens += part["input_ids"].numel()
+    except Exception as error:  # the run itself matters more
+        warnings.warn(
+            f"flops_per_token: not counted ({type(error).__name__}: {error})", stacklevel=1
+        )
+        return None
+    return flops / tokens
+
+
+def _without_padding(batch: Batch) -> list[Batch]:
+    """The batch if nothing is padded, else each sequence alone."""
+    if "valid" not in batch:
+        return [batch]
+    rows = [
+        {name: value[i : i + 1] for name, value in batch.items()}
+        for i in range(len(batch["valid"]))
+    ]
+    return [{k: v[:, row["valid"][0]] if v.ndim > 1 else v for k, v in row.items()} for row in rows]
 
 
 def _text_results(data: Any, scalars: dict[str, float]) -> dict[str, Any]:
@@ -103,6 +141,8 @@ def print_headline(run: RunDirectory) -> None:
     words = [f"{parameters['total']:,} parameters", f"{parameters['active']:,} active"]
     if parameters.get("trainable", parameters["total"]) != parameters["total"]:
         words.append(f"{parameters['trainable']:,} trainable")
+    if flops := summary.get("flops_per_token"):
+        words.append(f"{flops:,.0f} FLOPs a token")
     console.print(
         f"{summary['steps']} steps, {summary['tokens']:,} tokens in "
         f"{summary['train_seconds']:.0f} s ({summary['tokens_per_second']:,.0f} tokens/s); "
@@ -110,6 +150,20 @@ def print_headline(run: RunDirectory) -> None:
     )
     console.print(f"run    {run.path}", soft_wrap=True, highlight=False)
     console.print(f"report {run.path / 'report.html'}", soft_wrap=True, highlight=False)
+    if command := sync_command(run.path):
+        console.print(f"upload {command}", soft_wrap=True, highlight=False, markup=False)
+
+
+def sync_command(directory: Path) -> str | None:
+    """What uploads the offline W&B runs of a run, its restarts and the runs inside it (baselines),
+    once there is a key and a network; None if there is none.
+    """
+    folders = sorted({path.parent for path in directory.rglob("wandb/offline-run-*")})
+    if not folders:
+        return None
+    return " ".join(
+        ["wandb sync", *(f"{shlex.quote(str(path))}/offline-run-*" for path in folders)]
+    )
 
 
 def _print_bits(summary: dict[str, Any], console: Console) -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,22 +19,25 @@ from routerlab.core.instantiate import build_all
 from routerlab.objectives.rehearsal import rehearse
 from routerlab.objectives.routed import RoutedObjective
 from routerlab.training import alignment, assemble, baselines
-from routerlab.training.callbacks.checkpoint import KeepConfig
+from routerlab.training.callbacks.checkpoint import Checkpoint, KeepConfig
 from routerlab.training.callbacks.metrics import Metrics
+from routerlab.training.callbacks.preemption import Preemption
 from routerlab.training.callbacks.reseed import Reseed
+from routerlab.training.callbacks.traces import validation_traces
 from routerlab.training.callbacks.validation import MissedValidation
 from routerlab.training.checks import check_trainable, check_trainer, differences
 from routerlab.training.environment import environment
 from routerlab.training.evaluate import evaluate_base
 from routerlab.training.initial import PRETRAIN, check_fit, started
-from routerlab.training.loggers import MetricsFiles, build_loggers
+from routerlab.training.loggers import MetricsFiles, build_loggers, check_loggers, log_headline
+from routerlab.training.preemption import Notice, Preempted, noticed
 from routerlab.training.processes import is_main_process
 from routerlab.training.recording import record
 from routerlab.training.run_directory import RunDirectory
 from routerlab.training.summary import summarize
 
 _RUN_DIR = "ROUTERLAB_RUN_DIR"  # tells the other processes of a run where it lies
-_TERMINATED = 143  # the exit code after SIGTERM
+_PATIENCE = 600  # seconds that they wait for the first one to begin it
 
 
 def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
@@ -41,14 +46,17 @@ def train(cfg: DictConfig, overrides: Sequence[str] = ()) -> RunDirectory:
     Everything that can be known to be wrong raises `ConfigError` or ``ValueError`` before the run
     directory is made. A run that fails later says why in ``status.json`` and keeps its checkpoints.
     Its pretraining and its baselines are trained first, each as a run of its own in ``pretrain/``
-    and ``baselines/<name>/``.
+    and ``baselines/<name>/``. SIGTERM, SIGUSR1 and SIGUSR2 save the run and raise `Preempted`; the
+    latter two also put its SLURM job back into the queue.
     """
     assemble.quiet()
-    with contextlib.ExitStack() as held:
-        return _train(cfg, overrides, held)
+    with noticed() as notice, contextlib.ExitStack() as held:
+        return _train(cfg, overrides, notice, held)
 
 
-def _train(cfg: DictConfig, overrides: Sequence[str], held: contextlib.ExitStack) -> RunDirectory:
+def _train(
+    cfg: DictConfig, overrides: Sequence[str], notice: Notice, held: contextlib.ExitStack
+) -> RunDirectory:
     run = None
     if cfg.resume:
         run, cfg, overrides = _resumed(cfg, overrides)
@@ -61,7 +69,8 @@ def _train(cfg: DictConfig, overrides: Sequence[str], held: contextlib.ExitStack
     if run is None:
         run = _new_run(cfg, overrides)
         _hold(run, held)
-        run.refuse_a_second()
+        if is_main_process():  # of its other processes, some may come after it has written
+            run.refuse_a_second()
     if is_main_process():
         run.write_config(cfg, overrides)
         run.write_json("environment.json", environment())
@@ -71,11 +80,13 @@ def _train(cfg: DictConfig, overrides: Sequence[str], held: contextlib.ExitStack
             del objective  # two models at once may be one too many
             baselines.train_each(plans, run, train)
             objective = _prepared(started(cfg, run), data)[1]
-        _fit(cfg, run, data, objective, callbacks)
+        _fit(cfg, run, data, objective, callbacks, notice)
+    except SIGTERMException as error:  # its exit code would be 0
+        stop = Preempted(signal.SIGTERM)
+        _close(run, stop)
+        raise stop from error
     except BaseException as error:
-        _close_failed(run, error)
-        if isinstance(error, SIGTERMException):  # its exit code would be 0
-            raise SystemExit(_TERMINATED) from error
+        _close(run, error)
         raise
     finally:
         _finish_wandb(run)
@@ -111,6 +122,7 @@ def _planned_weights(
 def _prepared(cfg: DictConfig, data: Any = None) -> tuple[Any, RoutedObjective]:
     """The data and the objective of a run, checked against each other and against the machine."""
     check_trainer(cfg)
+    check_loggers(cfg)
     torch.manual_seed(cfg.seed)  # initial weights
     data = assemble.build_data(cfg) if data is None else data
     objective = assemble.build_objective(cfg, data)
@@ -129,16 +141,19 @@ def _fit(
     data: Any,
     objective: RoutedObjective,
     extra: dict[str, pl.Callback],
+    notice: Notice,
 ) -> None:
     if cfg.get("evaluate_base"):
         evaluate_base(cfg, run, data, objective)
     files, metrics = MetricsFiles(run.path), Metrics()
     loggers = [files, *build_loggers(cfg, run, objective.looks_ahead)]
-    if "checkpoint" in extra:
-        extra["checkpoint"].dirpath = str(run.path / "checkpoints")  # type: ignore[attr-defined]
-    first = [Reseed(cfg.seed), metrics, MissedValidation(files)]
+    traces = validation_traces(cfg, run, data, objective)  # before the row that says: validated
+    first = [Reseed(cfg.seed), *traces, metrics, MissedValidation(files)]
     first.append(KeepConfig(cfg, assemble.corpus_identity(data)))
     callbacks = [*first, *extra.values()]
+    if isinstance(checkpoint := extra.get("checkpoint"), Checkpoint):
+        checkpoint.dirpath = str(run.path / "checkpoints")
+        callbacks.append(Preemption(notice, checkpoint))
     trainer = assemble.build_trainer(cfg, run.path, callbacks, loggers)
     device = trainer.strategy.root_device
     alignment.prepare(cfg, run, data, objective, device)
@@ -147,7 +162,7 @@ def _fit(
     try:
         trainer.fit(objective, datamodule=data, ckpt_path=start, weights_only=True)
     except SystemExit as stop:  # what lightning makes of Ctrl-C
-        if trainer.interrupted and not isinstance(stop, SIGTERMException):
+        if trainer.interrupted and not isinstance(stop, SIGTERMException | Preempted):
             raise KeyboardInterrupt from stop
         raise
     if trainer.strategy.broadcast(not files.has(trainer.global_step, "val/loss")):
@@ -158,6 +173,7 @@ def _fit(
     if trainer.is_global_zero:
         aligned = alignment.outcome(data, objective, device)
         run.write_json("summary.json", summarize(run, data, objective, metrics, trainer) | aligned)
+        log_headline(trainer.loggers, run)
         if cfg.trace_sequences:
             record(cfg, run, data, objective)
         if hasattr(objective.backbone, "save_adapter"):
@@ -166,17 +182,14 @@ def _fit(
         _report(run)
 
 
-def _close_failed(run: RunDirectory, error: BaseException) -> None:
+def _close(run: RunDirectory, error: BaseException) -> None:
     """Keeps the reason in the status and the report, and tells how to go on."""
     checkpoint, _ = run.newest_checkpoint()
     folders = "".join(f"--config-dir {path} " for path in user_dirs())
     error.add_note(f"last good checkpoint: {checkpoint or 'none yet'}")
     error.add_note(f"go on with: routerlab train {folders}resume={run.path}")
-    preempted = isinstance(error, SIGTERMException) or (
-        isinstance(error, SystemExit) and error.code == _TERMINATED  # of a baseline
-    )
     if is_main_process():
-        run.set_status("preempted" if preempted else "failed", error)
+        run.set_status("preempted" if isinstance(error, Preempted) else "failed", error)
         with contextlib.suppress(Exception):  # the error itself matters more than its report
             _report(run)
 
@@ -244,11 +257,16 @@ def _hold(run: RunDirectory, held: contextlib.ExitStack) -> None:
 
 
 def _new_run(cfg: DictConfig, overrides: Sequence[str]) -> RunDirectory:
-    if not is_main_process():  # the first process made it and told us
+    if not is_main_process():  # the first process makes it, and may have told us
         path = cfg.run_dir or os.environ.get(_RUN_DIR)
         if not path:
             raise ConfigError("run_dir: several processes were started at once; give run_dir=...")
-        return RunDirectory(Path(path).expanduser().resolve())
+        run, deadline = RunDirectory(Path(path).expanduser().resolve()), time.time() + _PATIENCE
+        while not (run.path / "config.yaml").is_file():  # the last file that it writes at first
+            if time.time() > deadline:
+                raise ConfigError(f"run_dir={path}: the first process has not begun the run there")
+            time.sleep(0.1)
+        return run
     run = RunDirectory.new(Path(cfg.paths.output_dir), cfg.name, overrides, cfg.run_dir)
     if not cfg.run_dir:
         os.environ[_RUN_DIR] = str(run.path)
@@ -262,8 +280,15 @@ def _world_size(cfg: DictConfig) -> int:
 
 
 def _finish_wandb(run: RunDirectory) -> None:
-    if "wandb" in sys.modules:  # else the next job of a sweep would write into this one's run
-        import wandb
+    if "wandb" not in sys.modules:
+        return
+    import wandb
 
-        done = (run.read_json("status.json") or {}).get("state") == "done"
-        wandb.finish(exit_code=0 if done else 1)
+    state = (run.read_json("status.json") or {}).get("state")
+    with contextlib.suppress(ConnectionError):  # SLURM may have ended its process
+        if state == "preempted" and wandb.run is not None:
+            wandb.run.mark_preempting()
+        # else the next run of this process would write into this one's
+        wandb.finish(exit_code=0 if state == "done" else 1)
+        if state == "preempted":
+            wandb.teardown()  # its process, which would keep the job from ending

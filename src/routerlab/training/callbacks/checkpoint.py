@@ -37,13 +37,19 @@ class Checkpoint(ModelCheckpoint):
         """Saves a due step; on SIGTERM any step, since lightning stops right after it."""
         super().on_train_batch_end(trainer, *args, **kwargs)
         if trainer.received_sigterm:
-            self._save_now(trainer)
+            self.save_now(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the last step."""
-        self._save_now(trainer)
+        self.save_now(trainer)
 
-    def _save_now(self, trainer: pl.Trainer) -> None:
+    @property
+    def saved_step(self) -> int:
+        """The newest step that was saved since this process began, or 0."""
+        return self._last_global_step_saved
+
+    def save_now(self, trainer: pl.Trainer) -> None:
+        """Saves the step that has just ended, unless that is done."""
         if self._last_global_step_saved != trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
@@ -69,11 +75,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.with_name(target.name + ".tmp")
-        with scratch.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(target)
+        try:
+            with scratch.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(target)
+        except BaseException:  # a full disk: half a file would keep it full
+            scratch.unlink(missing_ok=True)
+            raise
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

@@ -6,7 +6,8 @@ from typing import Any
 import lightning.pytorch as pl
 
 from routerlab.objectives.routed import RoutedObjective
-from routerlab.training.loggers import MetricsFiles, Wandb
+from routerlab.training.loggers import MetricsFiles
+from routerlab.training.weights_and_biases import Wandb
 
 
 class Metrics(pl.Callback):

@@ -28,7 +28,7 @@ class ProgressDisplay(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the bar at the step where training begins."""
         self._seen = (time.perf_counter(), trainer.global_step)
-        if trainer.is_global_zero and self.console.is_terminal:
+        if trainer.is_global_zero and self.console.file.isatty():  # FORCE_COLOR is no terminal
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),

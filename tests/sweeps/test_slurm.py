@@ -1,0 +1,306 @@
+"""Sweeps on a real SLURM of two nodes, both of them this machine."""
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from routerlab.core.config import ConfigError, available, compose
+from routerlab.sweeps.jobs import Job
+from routerlab.sweeps.slurm import Slurm
+from tests.helpers.slurm import ROOT, cluster, queue, slurm, tell
+from tests.helpers.sweeps import Script, wait_for, without_timing
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+
+PROGRAM = [sys.executable, "-m", "routerlab.cli.main"]
+ONE_CORE = ("resources.cpus_per_task=1", "resources.memory_gib=1", "resources.minutes=10")
+# Saved by nothing but a signal and the end; long enough to be caught in the middle.
+LONG = (
+    "trainer.max_steps=60",
+    "trainer.val_check_interval=30",
+    "callback.checkpoint.every_n_steps=1000",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder() -> Iterator[Path]:
+    with cluster() as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def whole(train: Callable[..., Path]) -> Callable[[int], list[dict[str, str]]]:
+    """The curve of a run that nobody interrupts, by seed."""
+    return functools.cache(
+        lambda seed: without_timing(train(*LONG, f"seed={seed}", "name=whole") / "metrics.csv")
+    )
+
+
+def launcher(folder: Path, *words: str) -> Slurm:
+    return Slurm(folder, compose("launcher=slurm", *ONE_CORE, *words))
+
+
+def script(folder: Path, name: str, code: str = "done(2.0)") -> Script:
+    return Script(name, folder / name, (), code=code)
+
+
+def drained(slurm: Slurm, count: int, seconds: float = 60.0) -> list[Job]:
+    """The jobs that have ended, once there are ``count`` of them."""
+    ended: list[Job] = []
+    wait_for(lambda: ended.extend(slurm.poll()) or len(ended) >= count, seconds)
+    return ended
+
+
+def steps(run: Path) -> int:
+    """How many steps a run has logged."""
+    path = run / "metrics.csv"
+    return len(without_timing(path)) if path.is_file() else 0
+
+
+def job_of(run: Path) -> str:
+    """The id of the SLURM job of a run."""
+    return json.loads((run.parent / "slurm" / "jobs.json").read_text())[run.name]
+
+
+def test_a_sweep_is_signalled_requeued_and_cancelled(
+    whole: Callable[[int], list[dict[str, str]]],
+    tiny_words: Callable[..., list[str]],
+    tmp_path: Path,
+) -> None:
+    words = [w for w in tiny_words(*LONG, logger="logger=[wandb]") if "output_dir" not in w]
+    command = [*PROGRAM, "train", "-m", *words, f"paths.output_dir={tmp_path}", "seed=0,1,2"]
+    command += ["group=night", "launcher=slurm", *ONE_CORE]
+    watching = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT
+    )
+    sweep = tmp_path / "sweeps" / "night"
+
+    def runs() -> list[Path]:
+        return sorted(path.parent for path in sweep.glob("*/config.yaml"))
+
+    wait_for(lambda: len(runs()) == 3 and all(steps(run) >= 3 for run in runs()))
+    signalled, requeued, cancelled = runs()
+    slurm("scancel", "--signal=USR2", job_of(signalled))
+    slurm("scontrol", "requeue", job_of(requeued))
+    slurm("scancel", job_of(cancelled))
+    said, _ = watching.communicate(timeout=200)
+    assert watching.returncode == 1
+    assert "2 done, 1 failed" in said
+    assert f"SLURM: job {job_of(cancelled)} cancelled" in said
+    log = (signalled / "job.log").read_text()
+    assert "stopped by SIGUSR2" in log
+    assert f"SLURM queued job {job_of(signalled)} again" in log
+    assert log.count("--- ") == (requeued / "job.log").read_text().count("--- ") == 2  # attempts
+
+    again = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "2 of 3 runs are done already" in again.stdout
+    for seed, run in enumerate(runs()):
+        assert without_timing(run / "metrics.csv") == whole(seed)
+        pieces = list((run / "wandb").glob("offline-run-*"))
+        assert len(pieces) == 2
+        assert len({path.name.rsplit("-", 1)[1] for path in pieces}) == 1  # one run of W&B
+
+
+def test_two_processes_on_two_nodes_stop_and_go_on_together(
+    train: Callable[..., Path], tiny_words: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    two = ("resources.nodes=2", "resources.tasks_per_node=1", "trainer.strategy=ddp")
+    words = [*tiny_words("objective.micro_batches=2"), *two, *ONE_CORE, "launcher=slurm"]
+    run = tmp_path / "two" / "run"
+    there = Slurm(run.parent, compose(*words))
+    there.submit([Job("two", run, tuple(words))])
+    wait_for((run / "job.log").is_file)
+    slurm("scancel", "--signal=USR2", job_of(run))  # while they are still being started
+    drained(there, 1, 200)
+    log = (run / "job.log").read_text()
+    assert "stopped by SIGUSR2" in log
+    assert log.count("GLOBAL_RANK: 1, MEMBER: 2/2") == 2  # attempts
+    assert json.loads((run / "status.json").read_text())["state"] == "done", log
+    one = without_timing(train("objective.micro_batches=2", "name=one") / "metrics.csv")
+    both = without_timing(run / "metrics.csv")
+    assert [row["step"] for row in both] == [row["step"] for row in one]
+    for key in ("train/loss", "val/loss"):
+        found = [[float(row[key] or 0) for row in rows] for rows in (one, both)]
+        assert found[0] == pytest.approx(found[1], rel=1e-4)
+    said = sorted((run.parent / "slurm").glob("*_command.json"))
+    assert ["run_dir=" in path.read_text() for path in said] == [True, False]  # one for both each
+
+
+def test_the_batch_script_goes_on_with_its_run(
+    whole: Callable[[int], list[dict[str, str]]],
+    tiny_words: Callable[..., list[str]],
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "batch"
+    small = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+    words = [*tiny_words(*LONG), "trainer.strategy=auto"]
+    with contextlib.chdir(tmp_path), pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RUN_DIR", str(run))
+        environment.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        said = slurm("sbatch", "--parsable", *small, str(ROOT / "slurm" / "train.sbatch"), *words)
+    wait_for(lambda: steps(run) >= 3)
+    slurm("scancel", "--signal=USR1", said)
+    wait_for(lambda: said not in queue(), 200)
+    log = (run / "job.log").read_text()
+    assert "stopped by SIGUSR1" in log
+    assert json.loads((run / "status.json").read_text())["state"] == "done", log
+    assert without_timing(run / "metrics.csv") == whole(0)
+    assert (tmp_path / f"routerlab-{said}.log").read_text().count(f"{run}/job.log") == 2
+
+
+def test_a_second_call_adopts_what_is_in_the_queue(tmp_path: Path) -> None:
+    wait = "(path / 'began').touch()\nwhile not (path / 'go').exists(): time.sleep(0.1)\ndone(2.0)"
+    jobs = [script(tmp_path, name, wait) for name in ("a", "b")]
+    first = launcher(tmp_path, "launcher.at_once=1")
+    first.submit(jobs)
+    wait_for(lambda: first.poll() or [job.title for job in first.running()] == ["a"])
+    known = (tmp_path / "slurm" / "jobs.json").read_text()
+    (array,) = {place.split("_")[0] for place in json.loads(known).values()}
+    said = first.stop()
+    assert "2 jobs stay in SLURM's queue" in said
+    assert f"scancel {array}" in said
+
+    second = launcher(tmp_path)
+    second.submit([*jobs, script(tmp_path, "c")])
+    assert drained(second, 1)[0].title == "c"
+    known, more = json.loads(known), json.loads((tmp_path / "slurm" / "jobs.json").read_text())
+    assert more["c"].split("_")[0] != array
+    assert {name: more[name] for name in known} == known  # not submitted again
+    assert not (tmp_path / "b" / "began").exists()  # one at a time
+    for job in jobs:
+        wait_for((job.path / "began").exists)
+        (job.path / "go").touch()
+    assert [job.title for job in drained(second, 2)] == ["a", "b"]
+    assert [job.state() for job in jobs] == ["done", "done"]
+    assert second.stop() == "nothing is left in SLURM's queue"
+
+
+def test_what_ends_a_job_is_told(tmp_path: Path) -> None:
+    jobs = [
+        script(tmp_path, "error", "sys.exit('error: router=hsah: no such config')"),
+        script(tmp_path, "killed", "os.kill(os.getpid(), signal.SIGKILL)"),
+        script(tmp_path, "waiting", "time.sleep(100)"),
+        script(tmp_path, "done"),
+    ]
+    there = launcher(tmp_path)
+    there.submit(jobs)
+    ended = []
+    wait_for(lambda: ended.extend(there.poll()) or jobs[2] in there.running())
+    slurm("scancel", job_of(jobs[2].path))
+    wait_for(lambda: ended.extend(there.poll()) or len(ended) == 4)
+    assert jobs[0].error() == "router=hsah: no such config"
+    assert "failed (Killed)" in jobs[1].error()
+    assert jobs[2].error() == f"SLURM: job {job_of(jobs[2].path)} cancelled"
+    assert jobs[3].state() == "done"
+    assert "SLURM: job" not in jobs[3].log.read_text()
+
+
+def test_a_job_that_never_came_to_its_command_is_told(tmp_path: Path) -> None:
+    job = script(tmp_path, "blocked")
+    job.path.write_text("a file where its directory should be")
+    there = launcher(tmp_path)
+    there.submit([job])
+    assert drained(there, 1) == [job]
+
+
+def test_the_words_of_slurm_for_a_wrong_partition(
+    tmp_path: Path, tiny_words: Callable[..., list[str]]
+) -> None:
+    words = [w for w in tiny_words() if "output_dir" not in w]
+    words += [f"paths.output_dir={tmp_path}", "launcher=slurm", "resources.partition=gold"]
+    done = subprocess.run([*PROGRAM, "train", *words], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "error: sbatch refused the jobs: invalid partition specified: gold" in done.stderr
+    assert "partition=gold" in done.stderr
+    assert "Traceback" not in done.stderr
+    there = launcher(tmp_path, "resources.cpus_per_task=65")
+    with pytest.raises(ConfigError, match=r"configuration is not available"):
+        there.submit([script(tmp_path, "a")])
+    assert there.stop() == "nothing is left in SLURM's queue"
+
+
+def test_a_job_that_waits_for_what_will_not_come_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = launcher(tmp_path, "resources.nodes=3", "trainer.strategy=ddp")
+    there.submit([script(tmp_path, "a")])
+    place = job_of(tmp_path / "a")
+    said = []
+    wait_for(lambda: there.poll() or said.append(capsys.readouterr().out) or any(said))
+    assert f"SLURM: job {place} waits: PartitionConfig" in "".join(said)
+    slurm("scancel", place)
+    assert len(drained(there, 1)) == 1
+
+
+@pytest.mark.parametrize("name", available("resources"))
+def test_every_resources_file_is_accepted(name: str, tmp_path: Path) -> None:
+    cfg = compose("launcher=slurm", f"resources={name}", "resources.memory_gib=1")
+    text = Slurm(tmp_path, cfg).script([script(tmp_path, "a"), script(tmp_path, "b")])
+    assert "#SBATCH --array=0-1%2" in text
+    assert "#SBATCH --requeue" in text
+    path = tmp_path / "job.sh"
+    path.write_text(text)
+    done = subprocess.run(["sbatch", "--test-only", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_cluster_that_does_not_answer_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = launcher(tmp_path)
+    there.submit([script(tmp_path, "a", "time.sleep(100)")])
+    empty = tmp_path / "slurm.conf"
+    empty.write_text("")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("SLURM_CONF", str(empty))
+        time.sleep(2.1)
+        assert there.poll() == []
+        with pytest.raises(ConfigError, match="squeue: "):
+            launcher(tmp_path).submit([script(tmp_path, "b")])
+    slurm("scancel", job_of(tmp_path / "a"))
+    assert len(drained(there, 1)) == 1
+
+
+def test_the_cluster_says_how_it_is(folder: Path) -> None:
+    assert "up (" in tell("status", str(folder))
+    assert tell("up", str(folder)).startswith("export SLURM_CONF=")  # nothing happens
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_signal_of_a_real_time_limit(
+    tiny_words: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """SLURM sends it about a minute after the start of a job of two minutes."""
+    words = tiny_words("trainer.max_steps=9000", "trainer.val_check_interval=3000")
+    words += ["callback.checkpoint.every_n_steps=100000", "objective.log_every=50"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    whole = tmp_path / "whole"
+    beside = subprocess.Popen([*PROGRAM, "train", *words, f"run_dir={whole}"], **quiet)
+    run = tmp_path / "limited" / "run"
+    more = ["launcher=slurm", *ONE_CORE, "resources.minutes=2", "resources.signal_seconds=50"]
+    there = Slurm(run.parent, compose(*words, *more))
+    began = time.monotonic()
+    there.submit([Job("limited", run, (*words, *more))])
+    wait_for(
+        lambda: (run / "job.log").is_file() and "queued job" in (run / "job.log").read_text(), 200
+    )
+    print(f"signalled after {time.monotonic() - began:.0f} s")
+    drained(there, 1, 600)
+    assert beside.wait(300) == 0
+    log = (run / "job.log").read_text()
+    print(log)
+    assert log.count("stopped by SIGUSR2") >= 1
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    assert without_timing(run / "metrics.csv") == without_timing(whole / "metrics.csv")
+    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
