@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from routerlab.analysis import trace as trace
     from routerlab.comparison.frame import compare as compare
+    from routerlab.comparison.routing import routing_agreement as routing_agreement
+    from routerlab.comparison.routing import routing_history as routing_history
     from routerlab.core.config import available as available
     from routerlab.core.config import compose as compose
     from routerlab.core.routing import RouterOutput as RouterOutput
@@ -32,6 +34,8 @@ _PUBLIC = {
     "build_router": "routerlab.routers.build",
     "compare": "routerlab.comparison.frame",
     "compose": "routerlab.core.config",
+    "routing_agreement": "routerlab.comparison.routing",
+    "routing_history": "routerlab.comparison.routing",
     "trace": "routerlab.analysis",
 }
 __all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -349,3 +349,11 @@ def test_the_lock_of_a_sweep_goes_with_its_process(tmp_path: Path) -> None:
     other.wait()
     with held(tmp_path):
         pass
+
+
+def test_a_corrupt_status_is_that_of_a_run_that_was_cut(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    (tmp_path / "status.json").write_text('{"state": "do')
+    assert Job("a", tmp_path, ()).state() == "cut"
+    (tmp_path / "status.json").write_text('{"state": "done"}')
+    assert Job("a", tmp_path, ()).state() == "done"

@@ -148,7 +148,7 @@ def write(comparison: Comparison, path: Path, command: str) -> None:
     if path.suffix == ".html":
         from routerlab.comparison.page import write_page
 
-        write_page(comparison, path)
+        write_page(comparison, path, command)
         return
     path.write_text(WRITERS[path.suffix](comparison, command), encoding="utf-8")
 

@@ -49,5 +49,9 @@ def box(anchor: str, kind: str, title: str, items: Sequence[str]) -> str:
 def write(path: Path, page: str) -> Path:
     """Writes a page at once: a reader who reloads it never meets half of it."""
     unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(page, encoding="utf-8")
+    try:
+        unfinished.write_text(page, encoding="utf-8")
+    except OSError:  # half a page would keep a full disk full
+        unfinished.unlink(missing_ok=True)
+        raise
     return unfinished.replace(path)

@@ -1,13 +1,12 @@
 """What became of a job."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from routerlab.sweeps.jobs import Job
+from routerlab.training.run_directory import RunDirectory
 
 _FULL = 2**20  # bytes: a run that ends with less room than this could not write why
 # Key of a run's result: what it is called, whether the highest is best
@@ -39,7 +38,7 @@ class Outcome:
 
 def finished(job: Job) -> Outcome:
     """The outcome of a job that is done."""
-    found = _read(job.path / "summary.json").get("val", {})
+    found = (RunDirectory(job.path).read_json("summary.json") or {}).get("val", {})
     seconds = run_seconds(job.path)
     for key, (unit, highest) in _HEADLINES.items():
         if key in found:
@@ -59,7 +58,8 @@ def run_seconds(path: Path) -> int | float | None:
     """How long a finished run took, from its config to its end; of one that went on after a break,
     at least the time spent in training steps.
     """
-    status, summary = _read(path / "status.json"), _read(path / "summary.json")
+    read = RunDirectory(path).read_json
+    status, summary = read("status.json") or {}, read("summary.json") or {}
     start = path / "environment.json"  # written at each start
     if status.get("state") != "done" or "train_seconds" not in summary or not start.is_file():
         return None
@@ -71,10 +71,6 @@ def stamp(job: Job) -> int | None:
     """Changes whenever the run says how it stands."""
     path = job.path / "status.json"
     return path.stat().st_mtime_ns if path.is_file() else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _room(path: Path) -> int:

@@ -140,9 +140,11 @@ class RunDirectory:
         self._write(name, json.dumps(value, indent=2) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """The content of a JSON file, or None."""
-        path = self.path / name
-        return json.loads(path.read_text()) if path.is_file() else None
+        """The content of a JSON file, or None if there is none or it cannot be read."""
+        try:
+            return json.loads((self.path / name).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
 
     def set_status(self, state: str, error: BaseException | None = None) -> None:
         """``running``, ``failed`` (with its error), ``preempted`` or ``done``."""

@@ -1,6 +1,8 @@
 """Checkpoints that survive a kill at any moment."""
 
+import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +83,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             scratch.replace(target)
-        except BaseException:  # a full disk: half a file would keep it full
-            scratch.unlink(missing_ok=True)
+        except BaseException as error:
+            full = isinstance(error, RuntimeError) and shutil.disk_usage(target.parent).free < 2**20
+            scratch.unlink(missing_ok=True)  # half a file would keep the disk full
+            if full:  # torch speaks of an unexpected position
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
             raise
         folder = os.open(target.parent, os.O_RDONLY)
         try:
