@@ -13,7 +13,7 @@ import routerlab as rl
 def test_the_names_are_there() -> None:
     assert set(dir(rl)) >= {
         "compose", "build_backbone", "build_router", "MoE", "available", "trace", "compare",
-        "RouterOutput", "RoutingContext",
+        "RouterOutput", "RoutingContext", "routing_agreement", "routing_history",
     }  # fmt: skip
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = rl.nothing_here
@@ -49,6 +49,10 @@ def test_what_is_available_is_what_lies_in_configs() -> None:
 def test_runs_are_compared_and_traces_loaded(finished_run: Path) -> None:
     assert list(rl.compare([finished_run]).index) == [finished_run.name]
     assert rl.trace.load(finished_run / "traces" / "validation.safetensors").layers
+    agreed = rl.routing_agreement(str(finished_run), finished_run)
+    assert [layer.agreement for layer in agreed] == [1.0] * len(agreed)
+    with pytest.raises(ValueError, match="trace_validations=true"):
+        rl.routing_history(str(finished_run))
 
 
 def test_a_file_that_is_no_trace_is_refused(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from tests.training.test_train import rows
 # Saved by nothing but the signal and the end; slow enough to be caught in the middle.
 LONG = (
     *STATEFUL,
-    "trainer.max_steps=40",
-    "trainer.val_check_interval=20",
+    "trainer.max_steps=24",
+    "trainer.val_check_interval=12",
     "callback.checkpoint.every_n_steps=1000",
 )
 PROGRAM = [sys.executable, "-m", "routerlab.cli.main", "train"]
@@ -55,7 +55,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_exactly(
     assert f"go on with: routerlab train resume={run}" in said
     assert state(run) == "preempted"
     stopped = rows(run)[-1]
-    assert newest_step(run) == int(stopped["step"]) < 40
+    assert newest_step(run) == int(stopped["step"]) < 24
     assert not stopped.get("val/loss")  # it was not validated for being stopped
     resume(run)
     assert state(run) == "done"

@@ -61,7 +61,7 @@ class RoutingHistory:
     saturation: np.ndarray
 
 
-def routing_agreement(one: Path, other: Path) -> list[LayerAgreement]:
+def routing_agreement(one: str | Path, other: str | Path) -> list[LayerAgreement]:
     """`agreement` of what two runs' routers decided at their ends, from their directories.
 
     Raises ``ValueError`` that says why they cannot be compared: no trace, other tokens, another
@@ -101,7 +101,7 @@ def agreement(one: "Trace", other: "Trace", seed: int = 0) -> list[LayerAgreemen
     return layers
 
 
-def routing_history(run: Path, most: int | None = None) -> RoutingHistory:
+def routing_history(run: str | Path, most: int | None = None) -> RoutingHistory:
     """How routing changed from validation to validation, from ``traces/step_*.safetensors``; of
     more than ``most`` validations every second (third, ...) up to the last.
 
@@ -110,7 +110,7 @@ def routing_history(run: Path, most: int | None = None) -> RoutingHistory:
     """
     from routerlab.analysis import trace
 
-    found = (run / "traces").glob("step_*.safetensors")
+    found = (Path(run) / "traces").glob("step_*.safetensors")
     files = {int(path.stem.removeprefix("step_")): path for path in found}
     steps = sorted(files, reverse=True)
     steps = steps[:: 1 if most is None else math.ceil(len(steps) / most) or 1]

@@ -8,7 +8,8 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class Slurm:
         self._jobs: dict[str, Job] = {}  # by id, those that have not ended
         self._queue: dict[str, Queued] = {}
         self._looked = float("-inf")
-        self._mentioned: set[tuple[str, str]] = set()
+        self._mentioned: set[str] = set()  # reasons for waiting
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Puts jobs into the queue, unless they are there since an earlier call.
@@ -72,10 +73,10 @@ class Slurm:
         """
         known = self._known()
         try:
-            self._queue = _squeue()  # or else some would be submitted twice
+            self._queue = self._squeue()  # or else some would be submitted twice
         except (OSError, subprocess.SubprocessError) as error:
-            words = getattr(error, "stderr", None) or error
-            raise ConfigError(f"squeue: {str(words).strip()}") from error
+            words = _words(str(getattr(error, "stderr", None) or error))
+            raise ConfigError(f"SLURM does not answer: {words}") from error
         new = []
         for job in jobs:
             place = known.get(job.path.name, "")
@@ -146,7 +147,8 @@ class Slurm:
 
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.redirect_stderr(io.StringIO()):  # the error holds the same words
+            # The error holds the same words as what sbatch prints.
+            with contextlib.redirect_stderr(io.StringIO()), _as_outside():
                 executor = self._executor(at_once)
                 with executor.batch():
                     tasks = [Task(job, self.folder, user_dirs()) for job in jobs]
@@ -154,9 +156,8 @@ class Slurm:
         except OSError as error:
             raise ConfigError(f"{self.folder}: {error}") from error
         except (FailedJobError, FailedSubmissionError) as error:
-            words = [line.split("error: ", 1)[-1] for line in str(error).splitlines() if line]
             raise ConfigError(
-                f"sbatch refused the jobs: {'; '.join(words)} (asked for: {self._asked()})"
+                f"sbatch refused the jobs: {_words(str(error))} (asked for: {self._asked()})"
             ) from error
         return [str(job.job_id) for job in submitted]
 
@@ -180,24 +181,41 @@ class Slurm:
         if time.monotonic() - self._looked < _EVERY:
             return
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            self._queue = _squeue()
+            self._queue = self._squeue()
         self._looked = time.monotonic()
-        for place in self._jobs:
-            said = self._queue.get(place)
-            if said is None or said.state != "PENDING" or said.reason in _PATIENT:
-                continue
-            if (place, said.reason) not in self._mentioned:
-                self._mentioned.add((place, said.reason))
-                print(f"SLURM: job {place} waits: {said.reason}", flush=True)
+        reasons = Counter(
+            said.reason for place, said in self._queue.items()
+            if place in self._jobs and said.state == "PENDING"
+        )  # fmt: skip
+        for reason in reasons.keys() - _PATIENT - self._mentioned:
+            self._mentioned.add(reason)
+            print(f"SLURM: {reasons[reason]} jobs wait: {reason}", flush=True)
+
+    def _squeue(self) -> dict[str, Queued]:
+        """The jobs of this sweep that SLURM remembers, by id. Those of others are told by their
+        script: the ids of another cluster, or of a new one, may be the same.
+        """
+        command = ["squeue", "--noheader", "--array", "--all", "--states=all"]
+        command += [f"--user={os.getuid()}", "--format=%i|%T|%r|%o"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        lines = (line.strip().split("|", 3) for line in done.stdout.splitlines())
+        return {
+            line[0]: Queued(line[1], line[2])
+            for line in lines
+            if len(line) == 4 and Path(line[3]).parent == self.folder
+        }
 
 
-def _squeue() -> dict[str, Queued]:
-    """All jobs of this user that SLURM remembers, by id."""
-    command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}"]
-    command.append("--format=%i|%T|%r")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    found = (line.strip().split("|", 2) for line in done.stdout.splitlines())
-    return {line[0]: Queued(line[1], line[2]) for line in found if len(line) == 3}
+@contextlib.contextmanager
+def _as_outside() -> Iterator[None]:
+    """Hides the job that this process may itself be in: its limits would be at odds with ours."""
+    prefixes = ("SLURM_", "SLURMD_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
+    names = [name for name in os.environ if name.startswith(prefixes) and name != "SLURM_CONF"]
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _note_end(job: Job, place: str, said: Queued, folder: Path) -> None:
@@ -221,6 +239,11 @@ def _note_end(job: Job, place: str, said: Queued, folder: Path) -> None:
             job.path.mkdir(parents=True, exist_ok=True)
             with job.log.open("a") as log:
                 print("\n".join(lines), file=log)
+
+
+def _words(said: str) -> str:
+    """What a command of SLURM complained of, in a line."""
+    return "; ".join(re.sub(r"^\w+: (error|fatal): ", "", line) for line in said.splitlines())
 
 
 def _largest_array() -> int:
