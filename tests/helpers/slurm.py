@@ -23,8 +23,8 @@ def installed() -> bool:
 
 @contextlib.contextmanager
 def cluster() -> Iterator[Path]:
-    """Its folder. Each node claims 64 cores, and jobs have as many threads as this process: other
-    numbers would not be equal to the last bit.
+    """Its folder. Each node claims 64 cores. Jobs and this process have one thread: with different
+    numbers of them, runs are not equal to the last bit.
     """
     if not installed():
         pytest.skip("needs a SLURM (Debian: apt-get install slurm-wlm munge)")
@@ -35,11 +35,14 @@ def cluster() -> Iterator[Path]:
         m.setenv("CPUS", "64")
         said = tell("up", folder)
         m.setenv("SLURM_CONF", said.split("SLURM_CONF=")[1].strip())
-        m.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        m.setenv("OMP_NUM_THREADS", "1")
         m.setenv("MASTER_ADDR", "127.0.0.1")  # the names of its nodes are known to SLURM alone
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         try:
             yield Path(folder)
         finally:
+            torch.set_num_threads(threads)
             tell("down", folder)
 
 

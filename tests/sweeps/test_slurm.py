@@ -1,7 +1,6 @@
 """Sweeps on a real SLURM of two nodes, both of them this machine."""
 
 import contextlib
-import functools
 import json
 import os
 import subprocess
@@ -24,10 +23,9 @@ PROGRAM = [sys.executable, "-m", "routerlab.cli.main"]
 ONE_CORE = ("resources.cpus_per_task=1", "resources.memory_gib=1", "resources.minutes=10")
 # Saved by nothing but a signal and the end; long enough to be caught in the middle.
 LONG = (
-    "trainer.max_steps=40",
-    "trainer.val_check_interval=20",
+    "trainer.max_steps=30",
+    "trainer.val_check_interval=15",
     "callback.checkpoint.every_n_steps=1000",
-    "trace_sequences=0",
 )
 
 
@@ -35,14 +33,6 @@ LONG = (
 def folder() -> Iterator[Path]:
     with cluster() as path:
         yield path
-
-
-@pytest.fixture(scope="module")
-def whole(train: Callable[..., Path]) -> Callable[[int], list[dict[str, str]]]:
-    """The curve of a run that nobody interrupts, by seed."""
-    return functools.cache(
-        lambda seed: without_timing(train(*LONG, f"seed={seed}", "name=whole") / "metrics.csv")
-    )
 
 
 def launcher(folder: Path, *words: str) -> Slurm:
@@ -72,26 +62,28 @@ def job_of(run: Path) -> str:
 
 
 def test_a_sweep_is_signalled_requeued_and_cancelled(
-    whole: Callable[[int], list[dict[str, str]]],
-    tiny_words: Callable[..., list[str]],
-    tmp_path: Path,
+    train: Callable[..., Path], tiny_words: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     words = [w for w in tiny_words(*LONG, logger="logger=[wandb]") if "output_dir" not in w]
-    command = [*PROGRAM, "train", "-m", *words, f"paths.output_dir={tmp_path}", "seed=0,1,2"]
-    command += ["group=night", "launcher=slurm", *ONE_CORE]
+    # Three runs with one curve: they differ in their last validation alone.
+    command = [*PROGRAM, "train", "-m", *words, "data.final_val_windows=6,7,8", "group=night"]
+    command += [f"paths.output_dir={tmp_path}", "launcher=slurm", *ONE_CORE]
     watching = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT
     )
     sweep = tmp_path / "sweeps" / "night"
+    left = {6: ("scancel", "--signal=USR2"), 7: ("scontrol", "requeue"), 8: ("scancel",)}
 
-    def runs() -> list[Path]:
-        return sorted(path.parent for path in sweep.glob("*/config.yaml"))
+    def meddled() -> bool:
+        assert watching.poll() is None, watching.communicate()[0]
+        for number in list(left):
+            for run in sweep.glob(f"final_val_windows-{number}_*"):
+                if steps(run) >= 3:
+                    slurm(*left.pop(number), job_of(run))
+        return not left
 
-    wait_for(lambda: len(runs()) == 3 and all(steps(run) >= 3 for run in runs()))
-    signalled, requeued, cancelled = runs()
-    slurm("scancel", "--signal=USR2", job_of(signalled))
-    slurm("scontrol", "requeue", job_of(requeued))
-    slurm("scancel", job_of(cancelled))
+    wait_for(meddled)
+    signalled, requeued, cancelled = runs = sorted(sweep.glob("final_val_windows-*"))
     said, _ = watching.communicate(timeout=200)
     assert watching.returncode == 1
     assert "2 done, 1 failed" in said
@@ -104,26 +96,29 @@ def test_a_sweep_is_signalled_requeued_and_cancelled(
     again = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "2 of 3 runs are done already" in again.stdout
-    for seed, run in enumerate(runs()):
-        assert without_timing(run / "metrics.csv") == whole(seed)
+    whole = without_timing(train(*LONG, "name=whole") / "metrics.csv")
+    for run in runs:
+        assert without_timing(run / "metrics.csv") == whole
         pieces = list((run / "wandb").glob("offline-run-*"))
         assert len(pieces) == 2
         assert len({path.name.rsplit("-", 1)[1] for path in pieces}) == 1  # one run of W&B
 
 
-def test_two_processes_on_two_nodes_stop_and_go_on_together(
+def test_the_batch_script_trains_on_two_nodes_and_goes_on(
     train: Callable[..., Path], tiny_words: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    two = ("resources.nodes=2", "resources.tasks_per_node=1", "trainer.strategy=ddp")
-    words = [*tiny_words("objective.micro_batches=2"), *two, *ONE_CORE, "launcher=slurm"]
-    run = tmp_path / "two" / "run"
-    there = Slurm(run.parent, compose(*words))
-    there.submit([Job("two", run, tuple(words))])
-    wait_for((run / "job.log").is_file)
-    slurm("scancel", "--signal=USR2", job_of(run))  # while they are still being started
-    drained(there, 1, 200)
+    run = tmp_path / "it's"
+    small = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+    words = [*tiny_words("objective.micro_batches=2"), "trainer.accelerator=cpu"]
+    with contextlib.chdir(tmp_path), pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RUN_DIR", str(run))
+        environment.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        place = slurm("sbatch", "--parsable", *small, str(ROOT / "slurm" / "train.sbatch"), *words)
+    wait_for(lambda: steps(run) >= 1)
+    slurm("scancel", "--signal=USR1", place)
+    wait_for(lambda: place not in queue(), 200)
     log = (run / "job.log").read_text()
-    assert "stopped by SIGUSR2" in log
+    assert "stopped by SIGUSR1" in log
     assert log.count("GLOBAL_RANK: 1, MEMBER: 2/2") == 2  # attempts
     assert json.loads((run / "status.json").read_text())["state"] == "done", log
     one = without_timing(train("objective.micro_batches=2", "name=one") / "metrics.csv")
@@ -132,30 +127,20 @@ def test_two_processes_on_two_nodes_stop_and_go_on_together(
     for key in ("train/loss", "val/loss"):
         found = [[float(row[key] or 0) for row in rows] for rows in (one, both)]
         assert found[0] == pytest.approx(found[1], rel=1e-4)
-    said = sorted((run.parent / "slurm").glob("*_command.json"))
-    assert ["run_dir=" in path.read_text() for path in said] == [True, False]  # one for both each
+    assert (tmp_path / f"routerlab-{place}.log").read_text().count(f"{run}/job.log") == 2
 
 
-def test_the_batch_script_goes_on_with_its_run(
-    whole: Callable[[int], list[dict[str, str]]],
-    tiny_words: Callable[..., list[str]],
-    tmp_path: Path,
-) -> None:
-    run = tmp_path / "batch"
-    small = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
-    words = [*tiny_words(*LONG), "trainer.strategy=auto"]
-    with contextlib.chdir(tmp_path), pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RUN_DIR", str(run))
-        environment.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-        said = slurm("sbatch", "--parsable", *small, str(ROOT / "slurm" / "train.sbatch"), *words)
-    wait_for(lambda: steps(run) >= 3)
-    slurm("scancel", "--signal=USR1", said)
-    wait_for(lambda: said not in queue(), 200)
-    log = (run / "job.log").read_text()
-    assert "stopped by SIGUSR1" in log
-    assert json.loads((run / "status.json").read_text())["state"] == "done", log
-    assert without_timing(run / "metrics.csv") == whole(0)
-    assert (tmp_path / f"routerlab-{said}.log").read_text().count(f"{run}/job.log") == 2
+def test_the_processes_of_a_job_run_one_command(tmp_path: Path) -> None:
+    two = ("resources.nodes=2", "resources.tasks_per_node=2", "trainer.strategy=ddp")
+    code = "(path / os.environ['SLURM_PROCID']).write_text(str(sys.argv)); done(2.0)"
+    job = script(tmp_path, "job", code)
+    there = launcher(tmp_path, *two)
+    there.submit([job])
+    drained(there, 1)
+    said = [(job.path / str(rank)).read_text() for rank in range(4)]
+    assert len(set(said)) == 1
+    (command,) = (tmp_path / "slurm").glob("*_command.json")  # decided once, for all
+    assert json.loads(command.read_text())[:-1] == job.command()[:-1]
 
 
 def test_a_second_call_adopts_what_is_in_the_queue(tmp_path: Path) -> None:
@@ -326,7 +311,7 @@ def test_the_signal_of_a_real_time_limit(
     beside.terminate()
     beside.wait(60)
     drained(there, 1)
-    assert log().count("stopped by SIGUSR2") == 1
+    assert "stopped by SIGUSR2" in log()
     here, reference = (without_timing(path / "metrics.csv") for path in (run, whole))
     common = min(len(here), len(reference))
     assert common > saved

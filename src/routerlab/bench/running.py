@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from routerlab.bench.generated_runs import generate
 from routerlab.bench.layer import Settings
 from routerlab.bench.report import environment, number
 from routerlab.bench.saving import Saving, measure_saving
+from routerlab.bench.timing import Clock
 from routerlab.core.config import compose
 
 GOALS = {"checkpoints": 3.0, "compare": 10.0, "sweep": 1.0}  # percent, seconds, seconds a job
@@ -80,8 +82,10 @@ def bench_running(
     numbers: Numbers, settings: Settings, folder: Path, progress: Progress = lambda text: None
 ) -> list[RunningRow]:
     """Checkpoints' share of training time, seconds that a sweep adds to each job, and seconds of a
-    comparison. All files are written below ``folder`` (its disk counts) and deleted.
+    comparison. All files are written below ``folder`` (its disk counts) and deleted. Where the
+    clock is the CPU's, what sweeps and comparisons wait for is not counted.
     """
+    clock = settings.clock if settings.clock is time.perf_counter else _cpu_of_children
     with tempfile.TemporaryDirectory(prefix="routerlab-bench-", dir=folder) as name:
         place = Path(name).resolve()
         progress("steps and checkpoints of the quickstart model")
@@ -89,11 +93,11 @@ def bench_running(
         jobs = Jobs(place, numbers.jobs)
         progress("one run, so that its data are ready")
         template = jobs.alone("ready", 0)
-        rows.append(_sweep(jobs, progress))
+        rows.append(_sweep(jobs, clock, progress))
         progress(f"{numbers.runs} runs to compare")
         runs = place / "runs"
         generate(template, runs, numbers.runs, numbers.steps, _ROUTERS, settings.seed)
-        rows += _compare(runs, numbers, progress)
+        rows += _compare(runs, numbers, clock, progress)
     return rows
 
 
@@ -135,28 +139,37 @@ class Jobs:
         )
 
 
-def _sweep(jobs: Jobs, progress: Progress) -> RunningRow:
-    """A sweep and its jobs one by one, in turns."""
-    overheads, each = [], []
-    for turn in range(_ROUNDS):
-        progress(f"a sweep of {jobs.jobs} jobs and its jobs one by one: {turn + 1} of {_ROUNDS}")
-        swept = _seconds(lambda turn=turn: jobs.sweep(f"turn_{turn}"))
+def _sweep(jobs: Jobs, clock: Clock, progress: Progress) -> RunningRow:
+    """Sweeps, each between two rounds of its jobs one by one."""
+    times = [clock()]
+    for turn in range(_ROUNDS + 1):
+        progress(f"{jobs.jobs} jobs one by one and as a sweep, in turns: {turn} of {_ROUNDS}")
+        if turn:
+            jobs.sweep(f"turn_{turn}")
+            times.append(clock())
         for seed in range(jobs.jobs):
-            each.append(_seconds(lambda turn=turn, seed=seed: jobs.alone(f"{turn}_{seed}", seed)))
-        overheads.append((swept - sum(each[-jobs.jobs :])) / jobs.jobs)
-    alone = statistics.median(each)
+            jobs.alone(f"{turn}_{seed}", seed)
+        times.append(clock())
+    spent = [end - start for start, end in pairwise(times)]
+    triples = zip(spent[0::2], spent[1::2], spent[2::2], strict=False)
+    overheads = [(swept - (before + after) / 2) / jobs.jobs for before, swept, after in triples]
+    alone = statistics.median(spent[0::2]) / jobs.jobs
     measured = f"{_ROUNDS} sweeps of {jobs.jobs} jobs, which take {alone:.1f} s alone"
     return RunningRow.of("sweep", overheads, "s a job", measured, GOALS["sweep"])
 
 
-def _compare(runs: Path, numbers: Numbers, progress: Progress) -> list[RunningRow]:
+def _compare(runs: Path, numbers: Numbers, clock: Clock, progress: Progress) -> list[RunningRow]:
     size = sum(path.stat().st_size for path in runs.rglob("metrics.csv")) / 2**20
     measured = f"{numbers.runs} runs of {numbers.steps} steps, {size:,.0f} MiB"
     rows = []
     for name, more in (("compare", []), ("compare, with page", ["--out", f"{runs}.html"])):
         progress(f"{name}: {measured}")
         words = ["compare", str(runs), "--by", "router", *more]
-        found = [_seconds(lambda words=words: routerlab(*words)) for _ in range(_ROUNDS)]
+        found = []
+        for _ in range(_ROUNDS):
+            start = clock()
+            routerlab(*words)
+            found.append(clock() - start)
         rows.append(RunningRow.of(name, found, "s", measured, GOALS["compare"]))
     return rows
 
@@ -164,20 +177,26 @@ def _compare(runs: Path, numbers: Numbers, progress: Progress) -> list[RunningRo
 def routerlab(*words: str) -> None:
     """Runs a command as a process of its own; raises `RuntimeError` with what it said if it fails.
 
-    Its threads sleep when idle and are as many as this machine has cores, as in a sweep.
+    It has as many threads as this machine has cores, as in a sweep with one worker.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = {"OMP_NUM_THREADS": str(cores), "WANDB_MODE": "offline"}
     command = [sys.executable, "-m", "routerlab.cli.main", *words]
-    done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        env=os.environ | threads,
+        capture_output=True,
+        text=True,
+        start_new_session=True,  # as jobs of a sweep, which share a busy machine session by session
+    )
     if done.returncode:
         raise RuntimeError(f"routerlab {words[0]} failed:\n{done.stdout}{done.stderr}")
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+def _cpu_of_children() -> float:
+    """CPU seconds of all processes that were started from here and have ended, and of theirs."""
+    found = os.times()
+    return found.children_user + found.children_system
 
 
 def running_table(rows: Sequence[RunningRow]) -> Table:

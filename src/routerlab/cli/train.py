@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from routerlab.cli.hydra_app import run
+from routerlab.training.preemption import noticed
 
 _ONE_RUN = "hydra.mode=RUN"  # told to the processes of a run, whose words may name a launcher
 _MANY_RUNS = "hydra.mode=MULTIRUN"  # which a sweep refuses, with what to say instead
@@ -17,7 +18,8 @@ def main(argv: Sequence[str]) -> int:
         from routerlab.sweeps.command import main as sweep
 
         return sweep(argv)
-    run("train", "train", argv, _train)
+    with noticed():  # a signal can come while all else is still being imported
+        run("train", "train", argv, _train)
     return 0
 
 

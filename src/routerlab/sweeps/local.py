@@ -93,7 +93,9 @@ class Local:
             first = place * self.devices
             mine = [self.gpus[(first + i) % len(self.gpus)] for i in range(self.devices)]
             shared["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(mine))
-        return {**os.environ, **shared}
+        # Inside a job of SLURM, a run of ours is not that job, which is not its to queue again.
+        own = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+        return own | shared
 
     def _fill(self) -> None:
         for place in range(self.workers):
