@@ -194,6 +194,16 @@ def test_jobs_share_the_cores(
     assert "CUDA_VISIBLE_DEVICES" not in found or "CUDA_VISIBLE_DEVICES" in os.environ
 
 
+def test_a_worker_in_a_job_of_slurm_is_not_that_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURMY", "stays")
+    found = Local(tmp_path, 1).environment(0)
+    assert "SLURM_JOB_ID" not in found
+    assert found["SLURMY"] == "stays"
+
+
 def test_gpus_are_dealt_out(tmp_path: Path) -> None:
     def seen(launcher: Local) -> list[str]:
         places = range(launcher.workers)
