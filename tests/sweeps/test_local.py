@@ -140,9 +140,14 @@ def test_a_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
     one = job(tmp_path, "one", STUBBORN)
     launcher = Local(tmp_path, workers=1)
     started(launcher, [one])
+    # as the runner does; a shell's background job ignores Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     start = time.monotonic()
-    assert "0 of 1 running jobs have saved" in launcher.stop()
+    try:
+        assert "0 of 1 running jobs have saved" in launcher.stop()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 10
     assert one.state() == "cut"
 
