@@ -8,6 +8,7 @@ import torch
 from routerlab.analysis.flops import forward_flops
 from routerlab.backbones.decoder import Decoder
 from routerlab.core.routing import RoutingContext
+from routerlab.dispatch.loop import Loop
 from routerlab.routers.build import build_router
 from tests.helpers.moe_models import wrapped
 
@@ -51,7 +52,7 @@ def test_token_choice(double: bool) -> None:
 def test_the_readable_dispatch_counts_the_same() -> None:
     model = decoder()
     for layer in model.moe_layers.values():
-        layer.dispatch = "loop"
+        layer.dispatch = Loop()
     assert forward_flops(model, ids()) == by_hand(rows=2 * BATCH * LENGTH)
 
 

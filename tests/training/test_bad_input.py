@@ -25,7 +25,7 @@ CASES = {
     "backbone.num_kv_heads=3": ["num_kv_heads=3", "divide num_heads=2"],
     "backbone.num_heads=32": ["even width"],
     "backbone.d_ff=0": ["d_ff=0"],
-    "backbone.dispatch=fast": ["dispatch='fast'", "autograd"],
+    "dispatch=fast": ["dispatch", "fast", "autograd"],
     "backbone.max_positions=16": ["data.seq_len=32", "backbone.max_positions=16"],
     "backbone.vocab_size=100": ["backbone.vocab_size=100", "256 symbols"],
     "data.tokenizer=nowhere.json": ["nowhere.json"],

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from routerlab.backbones.attention import Attention, padding_mask, rotary_tables
 from routerlab.backbones.trunk_cache import TrunkCache
 from routerlab.core.checks import within
-from routerlab.core.protocols import Experts, Router
+from routerlab.core.protocols import Dispatch, Experts, Router
 from routerlab.core.routing import RouterOutput, RoutingContext
 from routerlab.experts.swiglu import SwiGLU
 from routerlab.moe.layer import DenseSwiGLU, MoE
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         qk_norm: RMSNorm on each head's queries and keys.
         tie_embeddings: the output head is the embedding.
         rope_theta, rms_norm_eps: as in transformers.
-        dispatch: ``autograd`` or ``loop``, see `MoE`.
+        dispatch: see `MoE`.
         activation_checkpointing: recompute each block in backward (non-reentrant).
     """
 
@@ -78,7 +78,7 @@ class Decoder(nn.Module):
         tie_embeddings: bool = False,
         rope_theta: float = 10_000.0,
         rms_norm_eps: float = 1e-6,
-        dispatch: str = "autograd",
+        dispatch: str | Dispatch = "autograd",
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from routerlab.backbones.decoder import Decoder
 from routerlab.backbones.frozen import train_part
 from routerlab.core.instantiate import LIBRARIES
-from routerlab.core.protocols import Router
+from routerlab.core.protocols import Dispatch, Router
 from routerlab.experts.swiglu import SwiGLU
 from routerlab.routers.build import with_balancer
 
@@ -72,7 +72,7 @@ def load_decoder(
     router: Callable[..., Router] | None = None,
     trainable: str = "all",
     trainable_layers: int | Sequence[int] | None = None,
-    dispatch: str = "autograd",
+    dispatch: str | Dispatch = "autograd",
     activation_checkpointing: bool = False,
     keep_trunk: bool = False,
 ) -> Decoder:

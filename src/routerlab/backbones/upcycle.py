@@ -13,7 +13,7 @@ from routerlab.backbones.decoder import Decoder
 from routerlab.backbones.frozen import train_part
 from routerlab.core.checks import within
 from routerlab.core.layers import pick_layers
-from routerlab.core.protocols import Router
+from routerlab.core.protocols import Dispatch, Router
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose blocks are a Decoder's, but for options
 
@@ -41,7 +41,7 @@ def upcycled(
     seed: int = 0,
     trainable: str = "all",
     trainable_layers: int | Sequence[int] | None = None,
-    dispatch: str = "autograd",
+    dispatch: str | Dispatch = "autograd",
     activation_checkpointing: bool = False,
     keep_trunk: bool = False,
 ) -> Decoder:
@@ -80,7 +80,7 @@ def upcycle(
     slices: int = 1,
     noise_std: int | float = 0.0,
     seed: int = 0,
-    dispatch: str = "autograd",
+    dispatch: str | Dispatch = "autograd",
     activation_checkpointing: bool = False,
 ) -> tuple[Decoder, list[Written]]:
     """A `Decoder` that has the weights of a dense model of transformers, and where each of its

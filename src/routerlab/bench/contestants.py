@@ -93,7 +93,7 @@ def build_dense(shape: Shape, device: torch.device) -> Contestant:
 def build_ours(layer: MoE, dispatch: str) -> Contestant:
     """Our layer with one of its dispatches."""
     layer = deepcopy(layer)
-    layer.dispatch = dispatch
+    layer.dispatch = DISPATCHES[dispatch]()
     experts: Any = layer.experts
     weights = (layer.router.gate.weight, experts.gate_up_proj, experts.down_proj)
     return Contestant(lambda x: layer(x)[0], weights)

@@ -9,18 +9,20 @@ from routerlab.core.routing import RouterOutput
 from routerlab.ops.permute import combine, gather, sort_by_expert
 
 
-def autograd(
-    x: Float[Tensor, "T D"], output: RouterOutput, experts: Experts
-) -> Float[Tensor, "T D"]:
-    """The same as `loop`: sort assignments by expert, one grouped product a weight, sum back.
+class Autograd:
+    """The same as `Loop`: sort assignments by expert, one grouped product a weight, sum back.
 
     No token is dropped or padded and no autograd op is made per expert. The copy there and the
     copy back are each other's gradient (`routerlab.ops.permute`), which is where the time of a
-    naive version goes.
+    naive version goes. Takes any experts and has derivatives of any order.
     """
-    by = sort_by_expert(output, fill=_slow_to_meet_new_sizes(x))
-    y = experts(gather(x, by), by.tokens_per_expert, by.sort(output.combine_weights))
-    return combine(y, by).to(x.dtype)
+
+    def __call__(
+        self, x: Float[Tensor, "T D"], output: RouterOutput, experts: Experts
+    ) -> Float[Tensor, "T D"]:
+        by = sort_by_expert(output, fill=_slow_to_meet_new_sizes(x))
+        y = experts(gather(x, by), by.tokens_per_expert, by.sort(output.combine_weights))
+        return combine(y, by).to(x.dtype)
 
 
 def _slow_to_meet_new_sizes(x: Tensor) -> bool:

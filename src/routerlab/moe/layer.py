@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from routerlab.core.protocols import Dispatch, Experts, Router
 from routerlab.core.routing import RouterOutput, RoutingContext
-from routerlab.dispatch.autograd import autograd
-from routerlab.dispatch.loop import loop
+from routerlab.dispatch.autograd import Autograd
+from routerlab.dispatch.loop import Loop
 from routerlab.experts.swiglu import SwiGLU
 
-DISPATCHES: dict[str, Dispatch] = {"autograd": autograd, "loop": loop}
+DISPATCHES: dict[str, Callable[[], Dispatch]] = {"autograd": Autograd, "loop": Loop}
 
 
 class MoE(nn.Module):
@@ -27,7 +27,7 @@ class MoE(nn.Module):
         experts: a callable ``(d_model=, d_ff=, num_experts=) -> Experts``; default `SwiGLU`.
         num_shared_experts: experts that see every token with weight 1 and no gate (DeepSeekMoE,
             arXiv 2401.06066, equation 9), kept as one SwiGLU of their summed width.
-        dispatch: ``autograd`` (fast) or ``loop`` (the readable reference).
+        dispatch: a `Dispatch`, or the name of one in `DISPATCHES`.
     """
 
     def __init__(
@@ -38,11 +38,13 @@ class MoE(nn.Module):
         router: Router | Callable[..., Router],
         experts: Callable[..., Experts] = SwiGLU,
         num_shared_experts: int = 0,
-        dispatch: str = "autograd",
+        dispatch: str | Dispatch = "autograd",
     ) -> None:
         super().__init__()
-        if dispatch not in DISPATCHES:
-            raise ValueError(f"dispatch={dispatch!r}: must be one of {sorted(DISPATCHES)}")
+        if isinstance(dispatch, str):
+            if dispatch not in DISPATCHES:
+                raise ValueError(f"dispatch={dispatch!r}: must be one of {sorted(DISPATCHES)}")
+            dispatch = DISPATCHES[dispatch]()
         if num_shared_experts < 0:
             raise ValueError(f"num_shared_experts={num_shared_experts}: must be 0 or more")
         if not isinstance(router, nn.Module):
@@ -52,7 +54,7 @@ class MoE(nn.Module):
             raise ValueError(
                 f"the router routes to {router.num_experts} experts, the layer has {num_experts}"
             )
-        self.dispatch = dispatch
+        self.dispatch: Dispatch = dispatch
         self.router: Any = router
         self.experts: Any = experts(d_model=d_model, d_ff=d_ff, num_experts=num_experts)
         self.shared_experts = (
@@ -65,7 +67,7 @@ class MoE(nn.Module):
         """The layer's output, of the shape of ``x``, and what its router decided."""
         tokens = x.reshape(-1, x.shape[-1])
         output = self.router(tokens, context)
-        y = DISPATCHES[self.dispatch](tokens, output, self.experts)
+        y = self.dispatch(tokens, output, self.experts)
         if self.shared_experts is not None:
             y = y + self.shared_experts(tokens)
         return y.view_as(x), output

@@ -32,8 +32,11 @@ def build_backbone(cfg: DictConfig) -> nn.Module:
         raise ConfigError(f"router: backbone {name} needs one; use router=token_choice")
     elif cfg.get("balancer"):
         raise ConfigError("balancer: goes with a router of ours; use balancer=none, or router=NAME")
-    if "experts" in parameters(target):
+    taken = parameters(target)
+    if "experts" in taken:
         given["experts"] = partial(cfg.experts)
+    if "dispatch" in taken and "dispatch" not in cfg.backbone:  # older runs have it there
+        given["dispatch"] = build(cfg.dispatch)
     for schedule in by_layer:
         given["num_experts"] = schedule(cfg.backbone.num_layers)
     return build(cfg.backbone, **given)
