@@ -93,6 +93,7 @@ class Experts(Protocol):
         ...
 
 
+@runtime_checkable
 class Dispatch(Protocol):
     """Tokens to their experts and back."""
 
