@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from routerlab.experts.swiglu import SwiGLU
-from routerlab.ops.permute import combine, gather, sort_by_expert
+from routerlab.ops.permute import combine, few_sizes, gather, sort_by_expert
 from tests.helpers.records import ragged_record, random_record
 
 RECORDS = {
@@ -23,8 +23,8 @@ def test_output_and_gradients_are_those_without_fillers(name: str) -> None:
     weights = torch.rand(len(output.expert_indices), dtype=torch.float64, requires_grad=True)
     inputs, dy = (x, weights, *experts.parameters()), torch.randn_like(x)
     found = []
-    for fill in (False, True):
-        by = sort_by_expert(output, fill=fill)
+    for fill in (None, few_sizes):
+        by = sort_by_expert(output, fill)
         y = combine(experts(gather(x, by), by.tokens_per_expert, by.sort(weights)), by)
         found.append([y, *torch.autograd.grad(y, inputs, dy)])
     for plain, filled in zip(*found, strict=True):
@@ -34,7 +34,7 @@ def test_output_and_gradients_are_those_without_fillers(name: str) -> None:
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_row_is_where_its_expert_reads_it(name: str) -> None:
     output = RECORDS[name]
-    by = sort_by_expert(output, fill=True)
+    by = sort_by_expert(output, few_sizes)
     assert int(by.tokens_per_expert.sum()) == len(by.order)
     assert bool((by.tokens_per_expert % 16 == 0).all())
     assert bool(((output.tokens_per_expert == 0) == (by.tokens_per_expert == 0)).all())
@@ -52,4 +52,4 @@ def test_every_row_is_where_its_expert_reads_it(name: str) -> None:
 def test_sizes(count: int, rows: int) -> None:
     # from 512 rows 32 apart, from 1024 rows 64, ..., from 4096 rows 256
     output = random_record(count, 1, 1)
-    assert sort_by_expert(output, fill=True).tokens_per_expert.tolist() == [rows]
+    assert sort_by_expert(output, few_sizes).tokens_per_expert.tolist() == [rows]

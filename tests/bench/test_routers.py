@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 
 from routerlab.bench import routers
-from routerlab.bench.command import ROUTERS_SHAPE, main
+from routerlab.bench.arguments import ROUTERS_SHAPE
+from routerlab.bench.command import main
 from routerlab.bench.contestants import Shape
 from routerlab.bench.layer import Settings
 from routerlab.bench.report import routers_table

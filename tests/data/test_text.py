@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from routerlab.data.text import StepBatchSampler, TextDataModule, WindowDataset
+from routerlab.data.text import (
+    StepBatchSampler,
+    TextDataModule,
+    WindowDataset,
+    even_batches,
+)
 
 
 def test_windows_by_hand() -> None:
@@ -191,6 +196,19 @@ def test_ranks_share_validation_without_a_duplicate(text_file: Path) -> None:
     data.setup()
     data.trainer = _Place(0)  # type: ignore[assignment]
     assert len(held_out(data)) == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+def test_ranks_validate_in_as_many_batches(batch_size: int, world_size: int) -> None:
+    for num_items in range(world_size, 40):
+        cut = [even_batches(num_items, batch_size, r, world_size) for r in range(world_size)]
+        assert len({len(batches) for batches in cut}) == 1
+        assert sorted(i for batches in cut for batch in batches for i in batch) == [
+            *range(num_items)
+        ]
+        size = -(-batch_size // world_size)
+        assert max(len(batch) for batches in cut for batch in batches) <= size + (world_size > 1)
 
 
 def test_ranks_continue_at_the_trainers_step(text_file: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from routerlab.core.protocols import Dispatch
 from routerlab.core.routing import RouterOutput
 from routerlab.dispatch.autograd import Autograd
+from routerlab.dispatch.fused import Fused
 from routerlab.dispatch.loop import Loop
 from routerlab.experts.swiglu import SwiGLU
 from tests.helpers.records import ex_a, ragged_record, random_record, record
@@ -30,6 +31,16 @@ RECORDS: dict[str, RouterOutput] = {
     "ragged": ragged_record(8, EXPERTS),
     "nothing": random_record(8, EXPERTS, 2, valid=torch.zeros(8, dtype=torch.bool)),
 }
+
+
+DISPATCHES = [
+    Autograd(),
+    Loop(),
+    Fused(),
+    Fused(recompute=True),
+    Fused("blocks"),
+    Fused("blocks", recompute=True),
+]
 
 
 def reference(x: Tensor, output: RouterOutput, experts: SwiGLU) -> Tensor:
@@ -57,7 +68,7 @@ def results(
     return {"y": y, "x": x.grad, "weights": weights.grad} | named
 
 
-@pytest.mark.parametrize("dispatch", [Autograd(), Loop()])
+@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", RECORDS)
 def test_equals_the_definition(dispatch: Dispatch, dtype: torch.dtype, name: str) -> None:
@@ -72,7 +83,7 @@ def test_equals_the_definition(dispatch: Dispatch, dtype: torch.dtype, name: str
             )
 
 
-@pytest.mark.parametrize("dispatch", [Autograd(), Loop()])
+@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("d_model", [8, 5])
 def test_a_dead_expert_has_a_gradient_of_zero(dispatch: Dispatch, d_model: int) -> None:
     got = results(dispatch, RECORDS["dead experts"], torch.float32, d_model, 4)
@@ -82,7 +93,7 @@ def test_a_dead_expert_has_a_gradient_of_zero(dispatch: Dispatch, d_model: int) 
         assert got[name][[1, 3]].any()
 
 
-@pytest.mark.parametrize("dispatch", [Autograd(), Loop()])
+@pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_tokens_without_an_expert_get_zero(dispatch: Dispatch) -> None:
     valid = torch.tensor([True, False, True, False])
     output = random_record(4, EXPERTS, 2, valid=valid)
@@ -107,7 +118,7 @@ def test_identity_experts_and_weights_that_sum_to_one_give_the_input_back() -> N
     pairs = output.combine_weights.view(4, 2)
     output = replace(output, combine_weights=(pairs / pairs.sum(1, keepdim=True)).flatten())
     x = torch.randn(4, 3, dtype=torch.float64)
-    for dispatch in (Autograd(), Loop()):
+    for dispatch in (Autograd(), Loop(), Fused()):
         torch.testing.assert_close(dispatch(x, output, Identity()), x)
 
 

@@ -7,8 +7,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from routerlab.core.protocols import Experts
-from routerlab.experts import swiglu
 from routerlab.experts.swiglu import SwiGLU
+from routerlab.ops import swiglu as ops_swiglu
 
 COUNTS = torch.tensor([3, 0, 2])
 
@@ -23,7 +23,7 @@ def formula(experts: SwiGLU, index: int, x: Tensor) -> Tensor:
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of one or two rows, the last one shorter, where they would be of thousands."""
     if request.param is not None:
-        monkeypatch.setattr(swiglu, "_BLOCK_SIZE", request.param)
+        monkeypatch.setattr(ops_swiglu, "_BLOCK_SIZE", request.param)
 
 
 @pytest.mark.usefixtures("pieces")

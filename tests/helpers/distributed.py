@@ -51,6 +51,15 @@ def run_distributed(
             end.close()
 
 
+def as_torchrun() -> None:
+    """In a process of `run_distributed`: has Lightning start no processes of its own."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": size}
+    place |= {"LOCAL_WORLD_SIZE": size, "TORCHELASTIC_RUN_ID": "test"}
+    place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 0}
+    os.environ.update({key: str(value) for key, value in place.items()})
+
+
 def _collect(ends: list[Connection], timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
     errors: dict[int, str] = {}

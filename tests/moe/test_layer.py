@@ -2,7 +2,6 @@
 
 import copy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from torch import Tensor
 from routerlab.core.routing import RoutingContext
 from routerlab.moe.layer import DISPATCHES, DenseSwiGLU, MoE
 from routerlab.routers.token_choice import TokenChoice
-from tests.helpers.distributed import run_distributed
 
 D, F, E = 8, 6, 4
 
@@ -132,7 +130,7 @@ def test_padding_reaches_the_shared_experts_only() -> None:
 
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_bfloat16_autocast_is_close_to_float32(dispatch: str) -> None:
-    moe = layer(torch.float32, dispatch=dispatch, num_shared_experts=1)
+    moe = layer(torch.float32, d_ff=8, dispatch=dispatch, num_shared_experts=1)
     x = torch.randn(16, D, requires_grad=True)
     exact, plain = moe(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -145,7 +143,7 @@ def test_bfloat16_autocast_is_close_to_float32(dispatch: str) -> None:
 
 
 def test_double_backward() -> None:
-    moe = layer(d_ff=3)
+    moe = layer(d_ff=3, dispatch="autograd")
     x = torch.randn(3, D, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: moe(x)[0], x)
 
@@ -154,24 +152,6 @@ def test_no_tokens_no_outputs() -> None:
     y, output = layer(num_shared_experts=1)(torch.zeros(0, D, dtype=torch.float64))
     assert y.shape == (0, D)
     assert output.requests_per_expert.tolist() == [0] * E
-
-
-def _compiled_and_eager() -> list[list[Tensor]]:
-    torch.manual_seed(0)
-    moe, results = layer(torch.bfloat16, num_shared_experts=1, d_ff=8), []
-    for run in (torch.compile(moe, fullgraph=True, backend="aot_eager"), moe):
-        x = torch.randn(6, D, generator=torch.Generator().manual_seed(1)).bfloat16()
-        y, _ = run(x.requires_grad_(), None)
-        moe.zero_grad()
-        y.float().square().sum().backward()
-        results.append([y.detach(), x.grad, *(p.grad.clone() for p in moe.parameters())])
-    return results
-
-
-def test_compiles_as_one_graph(tmp_path: Path) -> None:  # torch compiles bfloat16 only
-    # in a child process: jaxtyping's import hook, on in this one, cannot be traced
-    ((compiled, eager),) = run_distributed(_compiled_and_eager, world_size=1, tmp_path=tmp_path)
-    torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=2e-2)
 
 
 def test_a_router_object_or_a_way_to_make_one() -> None:

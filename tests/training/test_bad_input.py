@@ -7,6 +7,7 @@ import pytest
 
 from routerlab.cli.main import main
 
+LIGHTNING = "lightning.pytorch.strategies"
 CASES = {
     "router.top_k=5": ["top_k=5", "at least 1 and at most 4"],
     "router.top_k=0": ["top_k=0", "at least 1 and at most 4"],
@@ -25,7 +26,7 @@ CASES = {
     "backbone.num_kv_heads=3": ["num_kv_heads=3", "divide num_heads=2"],
     "backbone.num_heads=32": ["even width"],
     "backbone.d_ff=0": ["d_ff=0"],
-    "dispatch=fast": ["dispatch", "fast", "autograd"],
+    "dispatch=fast": ["dispatch", "fast", "auto"],
     "backbone.max_positions=16": ["data.seq_len=32", "backbone.max_positions=16"],
     "backbone.vocab_size=100": ["backbone.vocab_size=100", "256 symbols"],
     "data.tokenizer=nowhere.json": ["nowhere.json"],
@@ -41,6 +42,9 @@ CASES = {
     "trainer.accelerator=mps": ["trainer.accelerator=mps", "float64"],
     "trainer.accelerator=abacus": ["trainer:", "abacus"],
     "trainer.devices=0": ["trainer.devices=0", "at least 1"],
+    "trainer=ddp": ["trainer.devices=auto", "no GPUs", "trainer.devices=2"],
+    "trainer.strategy=fsdp": ["trainer.strategy=fsdp", "FSDP1", "trainer=fsdp"],
+    "trainer.strategy=deepspeed": ["trainer.strategy=deepspeed", "auto, ddp"],
     "trainer.precision=16-mixed": ["trainer.precision=16-mixed", "bf16-mixed"],
     "trainer.precision=bf16-true": ["trainer.precision=bf16-true", "bf16-mixed"],
     "trainer.precision=12": ["trainer:", "12"],
@@ -94,6 +98,30 @@ PAIRS: dict[tuple[str, ...], list[str]] = {
         "schedule.linear.start=2",
         "schedule.linear.end=9",
     ): ["schedule.linear", "top_k=9", "at most 4"],
+    ("trainer=ddp", "trainer.devices=3"): ["data.batch_size=8", "3 processes"],
+    ("trainer=ddp", f"trainer.strategy={{_target_: {LIGHTNING}.DeepSpeedStrategy}}"): [
+        "DeepSpeedStrategy",
+        "lightning's DDPStrategy",
+    ],
+    (
+        "trainer.devices=2",
+        f"trainer.strategy={{_target_: {LIGHTNING}.DDPStrategy, process_group_backend: nccl}}",
+    ): ["process_group_backend=nccl", "CUDA"],
+    ("trainer=fsdp", "trainer.devices=2", "router=subset_sampling"): [
+        "trainer=fsdp",
+        "layers.00.moe",
+        "samples",
+        "trainer=ddp",
+    ],
+    ("trainer=ddp", "trainer.devices=2", "dispatch=expert_parallel"): [
+        "dispatch: ExpertParallel",
+        "trainer.strategy=ddp",
+        "trainer=fsdp",
+    ],
+    ("trainer=fsdp", "trainer.devices=8", "dispatch=expert_parallel"): [
+        "dispatch.size=8",
+        "num_experts=4",
+    ],
     ("schedule=[descending]", "schedule.layerwise.low=9"): ["low=9", "high=8"],
     ("schedule=[descending]", "schedule.layerwise.total=1"): ["total=1"],
 }

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.data import DataLoader
 
 from routerlab.analysis.flops import forward_flops
 from routerlab.training.run_directory import RunDirectory
@@ -33,12 +34,14 @@ def test_flops_of_a_run_on_tasks(tuned_run: Path) -> None:
 class Tasks:
     """Task data of sequences padded at the right."""
 
-    task_names = ("one",)
+    task_names, val_batch_size = ("one",), 8
 
-    def val_dataloader(self) -> list[dict[str, Tensor]]:
+    def val_dataloader(self) -> DataLoader[Any]:
         batch = tiny_batch()
-        names = {"prompt": batch["valid"], "task": batch["domain"]}
-        return [batch | names | {"gold": torch.ones(8, dtype=torch.long)}]
+        batch |= {"prompt": batch["valid"], "task": batch["domain"]}
+        batch |= {"gold": torch.ones(8, dtype=torch.long)}
+        rows: Any = [{name: value[i] for name, value in batch.items()} for i in range(8)]
+        return DataLoader(rows)
 
 
 def test_sequences_are_counted_without_their_padding() -> None:

@@ -1,6 +1,5 @@
 """What a forward pass computes, counted operation by operation."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from routerlab.core.routing import RoutingContext
+from routerlab.dispatch.autograd import Autograd
+from routerlab.dispatch.kernels import Kernels
 
 
 @torch.no_grad()
@@ -24,16 +25,24 @@ def forward_flops(
     tokens that they get here, so routers that send a token to more of them cost more. Nothing is
     taken from a cache (`Decoder.keep_trunk`).
     """
-    was_training = backbone.training
-    backbone.eval()
-    model: Any = copy.copy(backbone)  # shares all weights
+    model: Any = backbone
+    was_training, trunk = model.training, getattr(model, "_trunk", None)
+    unseen = [m for m in model.modules() if isinstance(getattr(m, "dispatch", None), Kernels)]
+    dispatches = [layer.dispatch for layer in unseen]
+    model.eval()
+    for layer in unseen:  # the same products, by operations that are counted
+        layer.dispatch = Autograd()
     if hasattr(model, "keep_trunk"):
         model._trunk = None
     try:
         with FlopCounterMode(display=False, custom_mapping=_UNKNOWN) as counter:
             model(input_ids, context)
     finally:
-        backbone.train(was_training)
+        model.train(was_training)
+        for layer, dispatch in zip(unseen, dispatches, strict=True):
+            layer.dispatch = dispatch
+        if hasattr(model, "keep_trunk"):
+            model._trunk = trunk
     return counter.get_total_flops()
 
 

@@ -27,6 +27,9 @@ class BackboneOutput:
     router_outputs: dict[str, RouterOutput]
 
 
+torch.export.register_dataclass(BackboneOutput)  # FSDP2 looks for its tensors
+
+
 class Decoder(nn.Module):
     """Pre-norm decoder: RMSNorm, rotary positions (half-split), grouped-query attention, and a MoE
     or a dense feed-forward network in each layer. Module names and weight layouts are those of
@@ -78,7 +81,7 @@ class Decoder(nn.Module):
         tie_embeddings: bool = False,
         rope_theta: float = 10_000.0,
         rms_norm_eps: float = 1e-6,
-        dispatch: str | Dispatch = "autograd",
+        dispatch: str | Dispatch = "auto",
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -180,6 +183,11 @@ class Decoder(nn.Module):
                 "routes; use keep_trunk=false"
             )
         self._trunk = TrunkCache(depth)
+
+    @property
+    def keeps_trunk(self) -> bool:
+        """Whether `keep_trunk` was called."""
+        return self._trunk is not None
 
     def _below(
         self, input_ids: Int[Tensor, "B S"], valid: Bool[Tensor, "B S"]

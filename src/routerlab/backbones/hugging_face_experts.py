@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from routerlab.core.routing import RouterOutput
-from routerlab.dispatch.autograd import Autograd
+from routerlab.dispatch.fused import Fused
 from routerlab.ops.grouped_mm import grouped_mm
 
 NAME = "routerlab"  # of our function among those by which transformers computes experts
@@ -90,7 +90,7 @@ def apply_record(
     """What transformers calls where a router of ours stands in a block: that router's record is
     passed on as indices, and holds the combine weights as well.
     """
-    return Autograd()(hidden, record, HuggingFaceExperts(experts))
+    return Fused()(hidden, record, HuggingFaceExperts(experts))
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, apply_record)

@@ -72,7 +72,7 @@ def load_decoder(
     router: Callable[..., Router] | None = None,
     trainable: str = "all",
     trainable_layers: int | Sequence[int] | None = None,
-    dispatch: str | Dispatch = "autograd",
+    dispatch: str | Dispatch = "auto",
     activation_checkpointing: bool = False,
     keep_trunk: bool = False,
 ) -> Decoder:

@@ -41,7 +41,7 @@ def upcycled(
     seed: int = 0,
     trainable: str = "all",
     trainable_layers: int | Sequence[int] | None = None,
-    dispatch: str | Dispatch = "autograd",
+    dispatch: str | Dispatch = "auto",
     activation_checkpointing: bool = False,
     keep_trunk: bool = False,
 ) -> Decoder:
@@ -80,7 +80,7 @@ def upcycle(
     slices: int = 1,
     noise_std: int | float = 0.0,
     seed: int = 0,
-    dispatch: str | Dispatch = "autograd",
+    dispatch: str | Dispatch = "auto",
     activation_checkpointing: bool = False,
 ) -> tuple[Decoder, list[Written]]:
     """A `Decoder` that has the weights of a dense model of transformers, and where each of its

@@ -184,7 +184,7 @@ def check_no_context(subject: Subject) -> str | None:
 def check_dispatch(subject: Subject) -> None:
     """The fast dispatch equals the loop in output and in all gradients."""
     for shown in (probe(1, 5), probe(3, 8), probe(3, 8, RAGGED)):
-        found = [_through_layer(subject, shown, dispatch) for dispatch in ("loop", "autograd")]
+        found = [_through_layer(subject, shown, dispatch) for dispatch in ("loop", "auto")]
         for name, expected in found[0].items():
             got = found[1][name]
             scale = expected.abs().amax().clamp(min=1.0)  # below it, cancelled terms are noise

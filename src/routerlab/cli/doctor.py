@@ -71,13 +71,13 @@ def check_dispatch() -> str:
     layer = MoE(64, 96, 8, router, num_shared_experts=1)
     x = torch.randn(512, 64)
     found = {}
-    for name in ("loop", "autograd"):
+    for name in ("loop", "auto"):
         layer.dispatch = DISPATCHES[name]()
         layer.zero_grad()
         y, _ = layer(x)
         y.square().mean().backward()
         found[name] = [y.detach(), *(_grad(p) for p in layer.parameters())]
-    pairs = zip(found["loop"], found["autograd"], strict=True)
+    pairs = zip(found["loop"], found["auto"], strict=True)
     worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
     if worst > 1e-5:
         raise ArithmeticError(f"relative difference {worst:.1e}")

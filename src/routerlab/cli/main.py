@@ -23,8 +23,9 @@ COMMANDS = {
         "routerlab.cli.audit_loss",
         "what other frameworks' balancing losses say of a routing",
     ),
+    "simulate": ("routerlab.cli.simulate", "what expert parallelism would cost (layer or model)"),
     "wandb-view": ("routerlab.cli.wandb_view", "a view of W&B for routers (ENTITY/PROJECT)"),
-    "bench": ("routerlab.bench.command", "measure the MoE layer, routers, adapters or tuning"),
+    "bench": ("routerlab.bench.command", "measure the MoE layer, routers, adapters, training"),
     "doctor": ("routerlab.cli.doctor", "look at this machine and run a self-test"),
 }
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from routerlab.core.seeding import stable_seed
@@ -107,10 +107,9 @@ class RouterOutput:
             asked = real if asked is None else asked & real
         if kept is not None:
             lost = ~kept if asked is None else ~kept & asked
-            dropped = count_experts(expert_indices[lost], router_logits.shape[1])
+            dropped.scatter_add_(0, expert_indices.flatten(), lost.flatten().long())
             asked = kept if asked is None else kept & asked
-        picks = (tokens, expert_indices, combine_weights)
-        flat = [p.reshape(-1) if asked is None else p[asked] for p in picks]
+        flat = _only(asked, tokens, expert_indices, combine_weights)
         return cls(
             router_logits=router_logits,
             router_probs=router_probs,
@@ -135,9 +134,9 @@ class RouterOutput:
     ) -> "RouterOutput":
         """The record of experts that each pick C tokens; picks of padding leave it."""
         experts = torch.arange(len(token_indices), device=token_indices.device)
-        picks = (token_indices, experts[:, None].expand_as(token_indices), combine_weights)
+        experts = experts[:, None].expand_as(token_indices)
         kept = None if valid is None else valid[token_indices]
-        flat = [p.reshape(-1) if kept is None else p[kept] for p in picks]
+        flat = _only(kept, token_indices, experts, combine_weights)
         dropped = router_logits.new_zeros(router_logits.shape[1], dtype=torch.long)
         return cls(
             router_logits,
@@ -239,6 +238,15 @@ class StepTotals:
         return cls(num_tokens.clamp(min=1), num_sequences.clamp(min=1), sums)
 
 
+def _only(mask: Bool[Tensor, "A B"] | None, *picks: Shaped[Tensor, "A B"]) -> list[Tensor]:
+    """The picks within ``mask``, in a row. It is searched once, since a GPU is waited for."""
+    flat = [pick.reshape(-1) for pick in picks]
+    if mask is None:
+        return flat
+    places = mask.reshape(-1).nonzero()[:, 0]
+    return [pick.index_select(0, places) for pick in flat]
+
+
 def count_experts(expert_indices: Int[Tensor, "N"], num_experts: int) -> Int[Tensor, "E"]:
     """How often each expert occurs. A scatter, so a GPU need not be waited for."""
     counts = torch.zeros(num_experts, dtype=torch.long, device=expert_indices.device)
@@ -252,7 +260,7 @@ def count_tokens(
     logits = output.router_logits
     num_sequences = 1 if context is None else context.batch_size
     if output.valid is None:
-        return logits.new_tensor(len(logits)), logits.new_tensor(num_sequences)
+        return logits.new_full((), len(logits)), logits.new_full((), num_sequences)
     per_sequence = output.valid.view(num_sequences, -1).sum(1)
     return per_sequence.sum().to(logits.dtype), (per_sequence > 0).sum().to(logits.dtype)
 

@@ -23,7 +23,7 @@ from routerlab.data.task_batches import (
 )
 from routerlab.data.task_items import SPLITS, TaskItem, digest, split_items
 from routerlab.data.task_sources import Spec, read_items, task_source
-from routerlab.data.text import StepBatchSampler, place
+from routerlab.data.text import StepBatchSampler, even_batches, place
 
 TRAIN_MULTIPLE = 8  # columns of a training batch: few shapes, whole tiles
 
@@ -218,8 +218,8 @@ class TaskDataModule(pl.LightningDataModule):
         rank, world_size = place(self)
         held_out = sorted(self._held_out(), key=lambda item: item.length)
         batches: DataLoader[Any] = DataLoader(
-            ItemDataset(held_out[rank::world_size]),
-            batch_size=-(-self.val_batch_size // world_size),
+            ItemDataset(held_out),
+            batch_sampler=even_batches(len(held_out), self.val_batch_size, rank, world_size),
             num_workers=self.num_workers,
             collate_fn=self._collate(val_rows=self.val_rows),
         )

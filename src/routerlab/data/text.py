@@ -224,9 +224,23 @@ class TextDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Returns this process's share of the held-out windows: each window in exactly one."""
         rank, world_size = place(self)
-        share = Subset(self._val, self._val_indices[rank::world_size])
-        size = -(-self.val_batch_size // world_size)
-        return DataLoader(share, batch_size=size, num_workers=self.num_workers)
+        batches = even_batches(len(self._val_indices), self.val_batch_size, rank, world_size)
+        held_out = Subset(self._val, self._val_indices)
+        return DataLoader(held_out, batch_sampler=batches, num_workers=self.num_workers)
+
+
+def even_batches(
+    num_items: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> list[list[int]]:
+    """Returns batches of a rank's share of the items, which is every `world_size`-th.
+
+    `batch_size` counts items over all ranks. Every rank has as many batches, since processes that
+    share a model run it at the same time; the last of some ranks may be larger by one.
+    """
+    share, size = range(rank, num_items, world_size), -(-batch_size // world_size)
+    count = max(1, -(-(num_items // world_size) // size))
+    starts = [*range(0, count * size, size), len(share)]
+    return [list(share[a:b]) for a, b in itertools.pairwise(starts) if a < b]
 
 
 def place(data: pl.LightningDataModule) -> tuple[int, int]:

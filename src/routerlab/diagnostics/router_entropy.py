@@ -24,7 +24,11 @@ class RouterEntropy:
         """Summed probabilities [E], summed entropies and the number of tokens."""
         probs = output.without_padding(output.router_probs)
         entropy = torch.special.entr(probs).sum()
-        return {"probs": probs.sum(0), "entropy": entropy, "tokens": entropy.new_tensor(len(probs))}
+        return {
+            "probs": probs.sum(0),
+            "entropy": entropy,
+            "tokens": entropy.new_full((), len(probs)),
+        }
 
     def values(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The numbers named above."""

@@ -15,7 +15,7 @@ class RouterLogits:
     ) -> dict[str, Tensor]:
         """Summed norms and the number of tokens."""
         norms = output.without_padding(output.router_logits).norm(dim=-1)
-        return {"norm": norms.sum(), "tokens": norms.new_tensor(len(norms))}
+        return {"norm": norms.sum(), "tokens": norms.new_full((), len(norms))}
 
     def values(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The number named above."""

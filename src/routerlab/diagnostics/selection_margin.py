@@ -30,7 +30,7 @@ class SelectionMargin:
         return {
             "top1": probs.amax(-1).sum(),
             "margin": torch.where(margin.isfinite(), margin, 0.0).sum(),
-            "tokens": probs.new_tensor(len(probs)),
+            "tokens": probs.new_full((), len(probs)),
         }
 
     def values(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:

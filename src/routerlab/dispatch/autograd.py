@@ -6,7 +6,7 @@ from torch import Tensor
 
 from routerlab.core.protocols import Experts
 from routerlab.core.routing import RouterOutput
-from routerlab.ops.permute import combine, gather, sort_by_expert
+from routerlab.ops.permute import combine, few_sizes, gather, sort_by_expert
 
 
 class Autograd:
@@ -20,7 +20,7 @@ class Autograd:
     def __call__(
         self, x: Float[Tensor, "T D"], output: RouterOutput, experts: Experts
     ) -> Float[Tensor, "T D"]:
-        by = sort_by_expert(output, fill=_slow_to_meet_new_sizes(x))
+        by = sort_by_expert(output, few_sizes if _slow_to_meet_new_sizes(x) else None)
         y = experts(gather(x, by), by.tokens_per_expert, by.sort(output.combine_weights))
         return combine(y, by).to(x.dtype)
 

@@ -1,16 +1,12 @@
 """SwiGLU experts with stacked weights."""
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from routerlab.ops.grouped_mm import grouped_mm
-
-_BLOCK_SIZE = 2**18  # numbers of gate_up in a block: with its temporaries it fits a core's cache
+from routerlab.ops.swiglu import weighted_swiglu
 
 
 class SwiGLU(nn.Module):
@@ -32,6 +28,15 @@ class SwiGLU(nn.Module):
         nn.init.normal_(self.gate_up_proj, std=d_model**-0.5)
         nn.init.normal_(self.down_proj, std=d_ff**-0.5)
 
+    @property
+    def swiglu_weights(self) -> tuple[Tensor, Tensor] | None:
+        """Both stacks of weights, for code that computes the experts itself; None where it may not:
+        a subclass computes something else, or a hook wants to see the call.
+        """
+        ours = type(self).forward is SwiGLU.forward
+        watched = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks
+        return (self.gate_up_proj, self.down_proj) if ours and not watched else None
+
     def forward(
         self,
         x: Float[Tensor, "N D"],
@@ -40,9 +45,7 @@ class SwiGLU(nn.Module):
     ) -> Float[Tensor, "N D"]:
         """Weighted outputs of rows sorted by expert, ``tokens_per_expert`` rows for each."""
         gate_up = grouped_mm(x, self.gate_up_proj, tokens_per_expert)
-        # torch.compile fuses the formula itself, and cannot trace the hand-written backward
-        weigh = _weighted_swiglu if torch.compiler.is_compiling() else _WeightedSwiGLU.apply
-        hidden = weigh(gate_up, combine_weights.to(gate_up.dtype))
+        hidden = weighted_swiglu(gate_up, combine_weights.to(gate_up.dtype))
         return grouped_mm(hidden, self.down_proj, tokens_per_expert)
 
     def expert(
@@ -51,56 +54,3 @@ class SwiGLU(nn.Module):
         """Weighted outputs of one expert."""
         gate, up = F.linear(x, self.gate_up_proj[index]).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, self.down_proj[index]) * combine_weights[:, None]
-
-
-def _weighted_swiglu(gate_up: Tensor, weights: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up * weights[:, None]
-
-
-def _differentiable_backward(gate_up: Tensor, weights: Tensor, grad: Tensor) -> tuple[Any, ...]:
-    inputs = [t for t in (gate_up, weights) if t.requires_grad]
-    hidden = _weighted_swiglu(gate_up, weights)
-    found = iter(torch.autograd.grad(hidden, inputs, grad, create_graph=True))
-    return tuple(next(found) if t.requires_grad else None for t in (gate_up, weights))
-
-
-class _WeightedSwiGLU(torch.autograd.Function):
-    """`_weighted_swiglu` that saves its inputs only, fills few fresh buffers and, on CPU, goes by
-    blocks of rows that stay in the cache: those passes are bound by memory, not by arithmetic.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up, weights)
-        hidden = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-        for rows, scale, out in _blocks(gate_up, weights, hidden):
-            gate, up = rows.chunk(2, dim=-1)
-            torch.ops.aten.silu.out(gate, out=out).mul_(up).mul_(scale[:, None])
-        return hidden
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (d_hidden,), (gate_up, weights) = grads, ctx.saved_tensors
-        if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-            return _differentiable_backward(gate_up, weights, d_hidden)
-        d_gate_up, d_weights = torch.empty_like(gate_up), torch.empty_like(weights)
-        tensors = (gate_up, weights, d_hidden, d_gate_up, d_weights)
-        for rows, scale, grad, d_rows, d_scale in _blocks(*tensors):
-            gate, up = rows.chunk(2, dim=-1)
-            d_gate, d_up = d_rows.chunk(2, dim=-1)
-            buffer = F.silu(gate)
-            torch.mul(buffer, grad, out=d_up)
-            torch.linalg.vecdot(d_up, up, out=d_scale)
-            d_up.mul_(scale[:, None])
-            torch.mul(grad, up, out=buffer).mul_(scale[:, None])
-            torch.ops.aten.silu_backward.grad_input(buffer, gate, grad_input=d_gate)
-        return d_gate_up, d_weights
-
-
-def _blocks(gate_up: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    tensors = (gate_up, *others)
-    if gate_up.device.type != "cpu" or gate_up.numel() <= 2 * _BLOCK_SIZE:
-        return [tensors]
-    rows = max(1, _BLOCK_SIZE // gate_up.shape[1])
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from routerlab.core.checks import choice, within
 from routerlab.core.routing import RoutingContext
+from routerlab.ops.sharded import run_whole, whole
 
 
 class ExpertOrthogonalityLoss:
@@ -51,7 +52,7 @@ class ExpertOrthogonalityLoss:
                     f"{type(layer.router).__name__} has none"
                 )
             with torch.autocast(rows.device.type, enabled=False):
-                return mean_squared_cosine(rows[:, None])
+                return mean_squared_cosine(whole(rows)[:, None])
         if context is None:
             raise ValueError(
                 "expert_orthogonality with of='outputs' draws its probes from context.step_seed: "
@@ -75,7 +76,7 @@ class ExpertOrthogonalityLoss:
         rows = probes.to(weight.dtype).repeat(num_experts, 1)
         counts = torch.full((num_experts,), self.num_probes, device=weight.device)
         with torch.autocast(rows.device.type, enabled=False):
-            outputs = experts(rows, counts, rows.new_ones(len(rows)))
+            outputs = run_whole(experts, rows, counts, rows.new_ones(len(rows)))
         return outputs.view(num_experts, self.num_probes, width)
 
 

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from routerlab.core.checks import within
 from routerlab.core.routing import RoutingContext
+from routerlab.ops.sharded import whole
 
 _MAX_RADIUS = 0.999  # a radius of 1 or more could turn a coordinate's sign
 _MAX_ACTIVATIONS = 2**25  # kept for the backward pass; beyond it they are computed again
@@ -94,8 +95,8 @@ class ExpertRouterCouplingLoss:
 
 def layer_weights(layer: Any) -> tuple[Float[Tensor, "E D"], Float[Tensor, "E F D"]]:
     """Router rows and gate halves of a layer, in float32 or more."""
-    rows = _weight(layer, "router.gate.weight", 2)
-    gate_up = _weight(layer, "experts.gate_up_proj", 3)
+    rows = whole(_weight(layer, "router.gate.weight", 2))
+    gate_up = whole(_weight(layer, "experts.gate_up_proj", 3))
     if rows.shape != (len(gate_up), gate_up.shape[2]):
         raise ValueError(
             f"expert_router_coupling: router.gate.weight {tuple(rows.shape)} does not fit "

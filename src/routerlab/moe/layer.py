@@ -1,6 +1,7 @@
 """The MoE layer: router, dispatch, experts, and experts that every token shares."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from jaxtyping import Float
@@ -10,10 +11,17 @@ from torch.nn import functional as F
 from routerlab.core.protocols import Dispatch, Experts, Router
 from routerlab.core.routing import RouterOutput, RoutingContext
 from routerlab.dispatch.autograd import Autograd
+from routerlab.dispatch.fused import Fused
 from routerlab.dispatch.loop import Loop
 from routerlab.experts.swiglu import SwiGLU
 
-DISPATCHES: dict[str, Callable[[], Dispatch]] = {"autograd": Autograd, "loop": Loop}
+DISPATCHES: dict[str, Callable[[], Dispatch]] = {
+    "auto": Fused,
+    "blocks": partial(Fused, engine="blocks"),
+    "grouped": partial(Fused, engine="grouped"),
+    "autograd": Autograd,
+    "loop": Loop,
+}
 
 
 class MoE(nn.Module):
@@ -38,7 +46,7 @@ class MoE(nn.Module):
         router: Router | Callable[..., Router],
         experts: Callable[..., Experts] = SwiGLU,
         num_shared_experts: int = 0,
-        dispatch: str | Dispatch = "autograd",
+        dispatch: str | Dispatch = "auto",
     ) -> None:
         super().__init__()
         if isinstance(dispatch, str):

@@ -101,6 +101,17 @@ class AuxiliaryLosses:
                 total = total + loss.weight * shares[f"loss/{name}"]
         return total
 
+    def read(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
+        """The numbers of a step's loss terms, in one transfer from the device, and each auxiliary
+        loss times its weight.
+        """
+        values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
+        weighted = {
+            f"loss/{name}/weighted": values[f"loss/{name}"] * loss.weight
+            for name, loss in self.by_name.items()
+        }
+        return values | weighted
+
     def probes(self, layers: Mapping[str, Any]) -> dict[str, float]:
         """What losses on weights have to tell of the layers, as means over layers."""
         values = {}

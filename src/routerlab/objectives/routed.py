@@ -1,11 +1,12 @@
 """One optimizer step of a routed model: micro-batches, ranks, auxiliary losses, diagnostics."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from routerlab.core.checks import choice
 from routerlab.core.errors import NonFiniteLossError
@@ -16,14 +17,17 @@ from routerlab.diagnostics.collection import DiagnosticSums, flatten
 from routerlab.objectives import sampling
 from routerlab.objectives.auxiliary import AuxiliaryLosses
 from routerlab.objectives.blame import blame
+from routerlab.objectives.finite import Attempt, FiniteSteps
 from routerlab.objectives.lookahead import worst_mark
 from routerlab.objectives.optimizer import OptimizerRecipe
 from routerlab.objectives.router_state import update_routers
 from routerlab.objectives.sample_forms import flat
 from routerlab.objectives.scheduled import Scheduled
+from routerlab.objectives.sharding import shard, why_not_shardable
 from routerlab.objectives.step import Batch, all_reduce, rank, split_batch
 from routerlab.objectives.step_gradient import StepGradient
 from routerlab.objectives.validation import Scores
+from routerlab.ops.sharded import whole
 from routerlab.test_time.plug_in import TestTime, rerouting
 
 
@@ -104,6 +108,7 @@ class RoutedObjective(StepGradient):
         self.sample_form, self.credit = sample_form, credit
         self.gradient_clip_norm = gradient_clip_norm
         self.domains = domains or ["all"]
+        self._steps = FiniteSteps()
         self.loaded_step: int | None = None  # of a checkpoint that is only evaluated
         self.test_time: TestTime | None = None  # what changes routings in validations
         self.validation_result: tuple[dict[str, float], dict[str, list]] = ({}, {})
@@ -131,29 +136,43 @@ class RoutedObjective(StepGradient):
         self.schedules.apply(self._progress(step))
         parts = split_batch(batch, self.micro_batches)
         contexts = [self.context(part, step, i) for i, part in enumerate(parts)]
-        terms, sums, states = self.accumulate(parts, contexts, due)
+        terms, sums, states = self.add_gradient(parts, contexts, due)
         norm = self._clip()
-        if not (math.isfinite(terms["loss"]) and math.isfinite(norm)):
-            raise NonFiniteLossError(
-                f"step {step + 1}: loss {terms['loss']}, gradient norm {norm}; "
-                f"{blame(self.run, flat(self._pieces(parts, contexts)))}. The step was not taken."
-            )
+        attempt = Attempt(step, terms["loss"], norm, parts, contexts)
+        if self._steps.watch(attempt, optimizer.optimizer) or due:
+            self.check_finite()
         scheduler: Any = self.lr_schedulers()
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
         update_routers(self._routers(), states)
-        result: dict[str, Any] = {"loss": torch.tensor(terms["loss"]), "due": due}
+        result: dict[str, Any] = {"loss": terms["loss"], "due": due}
         if due:
-            task = terms["task"]
-            scalars = {"train/loss": task, "train/total_loss": terms["loss"]}
+            read = self.losses.read(terms)
+            task = read["task"]
+            scalars = {"train/loss": task, "train/total_loss": read["loss"]}
             scalars |= self.task_scalars(task)
-            scalars |= {"train/learning_rate": lr, "train/grad_norm": norm}
-            scalars |= {key: terms[key] for key in terms if key.startswith(("loss/", "policy/"))}
+            scalars |= {"train/learning_rate": lr, "train/grad_norm": float(norm)}
+            scalars |= {key: read[key] for key in read if key.startswith(("loss/", "policy/"))}
             scalars |= self.losses.probes(self._layers())
             routing, result["distributions"] = flatten(sums.values(all_reduce), "router")
             result["scalars"] = scalars | routing
         return result
+
+    def check_finite(self) -> None:
+        """Raises `NonFiniteLossError` if a step since the last look was not finite; neither that
+        step nor any later one was taken. Looks at each step on the CPU, at due ones elsewhere.
+        """
+        for attempt, loss, norm in self._steps.not_finite():
+            passes = flat(self._pieces(attempt.parts, attempt.contexts))
+            raise NonFiniteLossError(
+                f"step {attempt.step + 1}: loss {loss}, gradient norm {norm}; "
+                f"{blame(self.run, passes)}. The step was not taken."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """No step that is not finite gets into a checkpoint."""
+        self.check_finite()
 
     def context(self, batch: Batch, step: int, part: int) -> RoutingContext:
         """What routers may know of a micro-batch."""
@@ -186,6 +205,7 @@ class RoutedObjective(StepGradient):
 
     def on_validation_epoch_start(self) -> None:
         """Starts the sums over the validation set, with routers as the steps taken leave them."""
+        self.check_finite()
         self.schedules.apply(self._progress(self._steps_taken))
         self._scores = self.validation_scores()
         self._val_sums = DiagnosticSums(self.diagnostics)
@@ -207,14 +227,38 @@ class RoutedObjective(StepGradient):
 
     # -- Lightning ------------------------------------------------------------------------------
 
+    def configure_model(self) -> None:
+        """Splits the model over the processes, once, for strategies that have a mesh of them."""
+        if self._device_mesh is not None and not isinstance(self.backbone, FSDPModule):
+            backbone: Any = self.backbone
+            dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            shard(backbone, self._device_mesh["data_parallel"], dtype)
+
+    def why_not_shardable(self) -> str | None:
+        """What keeps `configure_model` from splitting this model; None if nothing does."""
+        return why_not_shardable(self.backbone)
+
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule over ``trainer.max_steps``."""
         optimizer, scheduler = self.recipe.build(self, self.trainer.max_steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
-    def _clip(self) -> float:
+    def _clip(self) -> Tensor:
         limit = math.inf if self.gradient_clip_norm is None else self.gradient_clip_norm
         policy = {id(parameter) for parameter in self.policy}
         rest = [parameter for parameter in self.parameters() if id(parameter) not in policy]
-        norms = [nn.utils.clip_grad_norm_(group, limit) for group in (self.policy, rest) if group]
-        return float(torch.stack(norms).norm())
+        norms = [_clip(group, limit) for group in (self.policy, rest) if group]
+        return torch.stack(norms).norm()
+
+
+def _clip(parameters: Sequence[Tensor], limit: float) -> Tensor:
+    """The norm of their gradients, which it then bounds; they may be split over processes."""
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for parameter in (p for p in parameters if p.grad is not None):
+        by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    grads = [[p.grad for p in part if p.grad is not None] for part in by_mesh.values()]
+    norms = [whole(nn.utils.get_total_norm(part)) for part in grads]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    for part in by_mesh.values():
+        nn.utils.clip_grads_with_norm_(part, limit, norm)
+    return norm

@@ -85,6 +85,10 @@ class RoutingAlignment(FineTune):
 
     # -- the bank -------------------------------------------------------------------------------
 
+    def why_not_shardable(self) -> str | None:
+        """One process alone makes and measures the bank."""
+        return "objective=routing_alignment measures its bank in one process"
+
     def fingerprint(self, data: Mapping[str, Any], embedder: Mapping[str, Any]) -> dict[str, Any]:
         """What a bank of this model depends on: the ``data`` and ``embedder`` as they identify
         themselves, all present weights of the model, layers and token.

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from routerlab.backbones.decoder import BackboneOutput
 from routerlab.core.protocols import Diagnostic
@@ -59,6 +60,13 @@ class StepGradient(pl.LightningModule):
     def accumulate(
         self, parts: list[Batch], contexts: list[RoutingContext], due: bool
     ) -> tuple[dict[str, float], DiagnosticSums, list[Sums]]:
+        """`add_gradient`, with the loss terms read from the device."""
+        terms, sums, states = self.add_gradient(parts, contexts, due)
+        return self.losses.read(terms), sums, states
+
+    def add_gradient(
+        self, parts: list[Batch], contexts: list[RoutingContext], due: bool
+    ) -> tuple[dict[str, Tensor], DiagnosticSums, list[Sums]]:
         """Adds the gradient of the step to the parameters; returns the step's loss terms (equal on
         all ranks, and means over samples), when ``due`` the diagnostic sums of this rank, and what
         the passes have to say to routers that keep state.
@@ -95,11 +103,12 @@ class StepGradient(pl.LightningModule):
             shares["loss"] = self.losses.weigh(shares)
             for key, share in shares.items():
                 terms[key] = terms.get(key, 0.0) + share.detach()
-        values = all_reduce(torch.stack(list(terms.values()))).tolist()
-        terms = dict(zip(terms, values, strict=True))
-        for name, loss in self.losses.by_name.items():
-            terms[f"loss/{name}/weighted"] = terms[f"loss/{name}"] * loss.weight
-        return terms | (signal.values() if signal is not None else {}), sums, states
+        values = all_reduce(torch.stack(list(terms.values())))
+        terms = dict(zip(terms, values.unbind(), strict=True))
+        if signal is not None:
+            found = signal.values().items()
+            terms |= {key: values.new_tensor(value, dtype=torch.float64) for key, value in found}
+        return terms, sums, states
 
     def _pieces(self, parts: list[Batch], contexts: list[RoutingContext]) -> list[list[Pass]]:
         """The passes of each micro-batch."""
@@ -162,6 +171,14 @@ class StepGradient(pl.LightningModule):
         torch.clear_autocast_cache()  # its casts were made without gradients
         return sum_over_step(counted)
 
+    def precision(self) -> Any:
+        """For passes outside of the trainer's steps: autocast, for whose dtype split experts are
+        gathered.
+        """
+        if not isinstance(self.backbone, FSDPModule):
+            return nullcontext()
+        return self.trainer.precision_plugin.forward_context()
+
     def _layers(self) -> dict[str, Any]:
         """The MoE layers, by the names of their records; none if the backbone does not tell."""
         return getattr(self.backbone, "moe_layers", {})
@@ -171,6 +188,8 @@ class StepGradient(pl.LightningModule):
 
     def _sync(self, last: bool) -> Any:
         """Ranks exchange gradients once a step, with the last micro-batch."""
+        if isinstance(self.backbone, FSDPModule):
+            self.backbone.set_requires_gradient_sync(last)
         strategy = None if self._trainer is None else self.trainer.strategy
         block = getattr(strategy, "block_backward_sync", None)
         return nullcontext() if last or block is None else block()

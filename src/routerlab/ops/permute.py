@@ -1,5 +1,6 @@
 """Rows of tokens to rows sorted by expert, and back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ class Permutation:
     the K rows of token ``t``: known when the record has ``top_k``, and then going back is one
     bag sum instead of a scatter.
 
-    R is N, or more with filler rows: ``order`` is N there, the token 0 and the combine weight 0, so
+    R is N, or more with filler rows: ``order`` is N there, the combine weight 0, so
     that experts add nothing for them to any output or gradient.
     """
 
@@ -27,6 +28,7 @@ class Permutation:
     tokens: Int[Tensor, "R"]
     rows: Int[Tensor, "T K"] | None
     num_tokens: int
+    num_assignments: int
     tokens_per_expert: Int[Tensor, "E"]  # filler rows included
     filled: bool
 
@@ -36,12 +38,23 @@ class Permutation:
             per_assignment = torch.cat([per_assignment, per_assignment.new_zeros(1)])
         return per_assignment.index_select(0, self.order)
 
+    def unsort(self, per_row: Float[Tensor, "R"]) -> Float[Tensor, "N"]:
+        """The values of rows in the order of the record; those of filler rows are left out."""
+        if self.rows is not None:
+            return per_row.index_select(0, self.rows.reshape(-1))
+        size = self.num_assignments + self.filled
+        return per_row.new_empty(size).index_copy_(0, self.order, per_row)[: self.num_assignments]
 
-def sort_by_expert(output: RouterOutput, fill: bool = False) -> Permutation:
+
+Fill = Callable[[list[int]], list[int]]  # rows of each expert -> as many or more
+
+
+def sort_by_expert(output: RouterOutput, fill: Fill | None = None) -> Permutation:
     """The stable permutation that groups assignments by expert.
 
-    ``fill`` adds filler rows so that experts get one of few numbers of rows. Small integers sort
-    four times faster on CPU than int64, hence the cast.
+    ``fill`` says how many rows each expert is to have; the ones it lacks are filler rows (CPU only:
+    elsewhere it would wait for the device). Small integers sort four times faster on CPU than
+    int64, hence the cast.
     """
     small = torch.uint8 if output.num_experts <= 256 else torch.int16
     if output.num_experts > torch.iinfo(torch.int16).max:
@@ -50,24 +63,24 @@ def sort_by_expert(output: RouterOutput, fill: bool = False) -> Permutation:
     counts, tokens = output.tokens_per_expert, output.token_indices
     places = torch.arange(len(order), device=order.device)
     all_rows = order
-    if fill:
-        filled = _few_sizes(counts)
-        before = (filled - counts).cumsum(0) - (filled - counts)  # filler rows of earlier experts
+    if fill is not None:
+        padded = counts.new_tensor(fill(counts.tolist()))
+        before = (padded - counts).cumsum(0) - (padded - counts)  # filler rows of earlier experts
         places = places + before.repeat_interleave(counts)
-        nothing = order.new_full((int(filled.sum()),), len(order))
-        all_rows, counts = nothing.index_copy(0, places, order), filled
-        tokens = torch.cat([tokens, tokens.new_zeros(1)])
+        nothing = order.new_full((int(padded.sum()),), len(order))
+        all_rows, counts = nothing.index_copy(0, places, order), padded
+        tokens = torch.cat([tokens, tokens[:1]])  # of a token that is routed: padding may hold NaN
     rows = None
     if output.top_k is not None:
         rows = torch.empty_like(order).scatter_(0, order, places).view(-1, output.top_k)
     tokens = tokens.index_select(0, all_rows)
-    return Permutation(all_rows, tokens, rows, len(output.router_logits), counts, fill)
+    num_tokens, filled = len(output.router_logits), fill is not None
+    return Permutation(all_rows, tokens, rows, num_tokens, len(order), counts, filled)
 
 
-def _few_sizes(counts: Int[Tensor, "E"]) -> Int[Tensor, "E"]:
+def few_sizes(counts: list[int]) -> list[int]:
     """``counts`` rounded up: to multiples of 16 until 512, then to 16 sizes an octave."""
-    step = (counts.clamp(min=256).double().log2().floor() - 4).exp2().long()
-    return (counts + step - 1) // step * step
+    return [-(-count // (step := max(16, 1 << count.bit_length() >> 5))) * step for count in counts]
 
 
 def gather(x: Float[Tensor, "T D"], by: Permutation) -> Float[Tensor, "R D"]:

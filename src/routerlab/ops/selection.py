@@ -13,7 +13,7 @@ def above_threshold(scores: Float[Tensor, "T E"], threshold: float | Tensor) -> 
     uses its best one, the first of those that tie.
     """
     mask = scores > threshold
-    best = F.one_hot(scores.argmax(-1), scores.shape[-1]).bool()
+    best = torch.zeros_like(mask).scatter_(-1, scores.argmax(-1, keepdim=True), True)
     return torch.where(mask.any(-1, keepdim=True), mask, best)
 
 

@@ -200,6 +200,7 @@ def quiet() -> None:
         ".*anonymous.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*Checkpoint directory .* exists and is not empty.*",
+        "FSDP2-wrapped module .* returned a view tensor.*",  # that nothing changes in place
         "Using ModelCheckpoint with manual optimization.*",  # after the step is what we want
     ):
         warnings.filterwarnings("ignore", message=text)

@@ -3,14 +3,18 @@
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 
 from routerlab.core.config import ConfigError, available
 from routerlab.core.identity import PLACES, flat, within
 from routerlab.core.instantiate import locate
 from routerlab.objectives.finetune import FineTune
+from routerlab.objectives.routed import RoutedObjective
 from routerlab.training.build import takes_adapter
+from routerlab.training.parallel import FullySharded
 
+_STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")  # that lightning knows by name
 # Changing these does not change what a run computes, so a resumed run may.
 _FREE_TO_CHANGE = (*PLACES, "baselines", "evaluate_base", "trainer.max_steps")
 
@@ -30,11 +34,12 @@ def check_trainer(cfg: DictConfig) -> None:
         )
     wanted, devices = cfg.trainer.accelerator, cfg.trainer.devices
     gpus = torch.cuda.device_count()
+    on_gpu = wanted in ("gpu", "cuda") or (wanted == "auto" and gpus > 0)
     if wanted in ("gpu", "cuda") and not gpus:
         raise ConfigError(
             f"trainer.accelerator={wanted}: this machine has no CUDA device; use cpu or auto"
         )
-    if wanted in ("gpu", "cuda") and isinstance(devices, int) and devices > gpus:
+    if on_gpu and isinstance(devices, int) and devices > gpus:
         raise ConfigError(f"trainer.devices={devices}: this machine has {gpus} CUDA devices")
     if wanted == "mps":
         raise ConfigError("trainer.accelerator=mps: Metal has no float64, which sums need; use cpu")
@@ -53,6 +58,65 @@ def check_trainer(cfg: DictConfig) -> None:
     every = cfg.trainer.val_check_interval
     if not isinstance(every, int) or every < 1:
         raise ConfigError(f"trainer.val_check_interval={every}: must be a whole number of steps")
+
+
+def num_processes(cfg: DictConfig) -> int:
+    """Processes that train a run; ``trainer.devices=auto`` is every GPU, or one process."""
+    devices, wanted = cfg.trainer.devices, cfg.trainer.accelerator
+    if isinstance(devices, int):
+        count = devices
+    elif str(devices) in ("auto", "-1"):
+        count = max(1, torch.cuda.device_count()) if wanted in ("auto", "gpu", "cuda") else 1
+    else:
+        count = len(devices.split(",") if isinstance(devices, str) else devices)
+    return count * cfg.trainer.get("num_nodes", 1)
+
+
+def check_strategy(cfg: DictConfig, objective: RoutedObjective) -> None:
+    """Refuses a strategy that this machine cannot run, or that cannot train this model."""
+    strategy, processes = cfg.trainer.get("strategy", "auto"), num_processes(cfg)
+    node = strategy if isinstance(strategy, DictConfig) else None
+    target = None if node is None else locate(node["_target_"])
+    shards = target is FullySharded
+    if node is None and strategy not in _STRATEGIES:
+        older = " (which would be FSDP1)" if strategy == "fsdp" else ""
+        raise ConfigError(
+            f"trainer.strategy={strategy}{older}: must be one of {', '.join(_STRATEGIES)}; or "
+            "choose trainer=ddp or trainer=fsdp"
+        )
+    if node is not None and target not in (DDPStrategy, FullySharded):
+        raise ConfigError(
+            f"trainer.strategy={node['_target_']}: must be lightning's DDPStrategy, or that of "
+            "trainer=fsdp"
+        )
+    if processes == 1 and strategy != "auto" and cfg.trainer.devices == "auto":
+        raise ConfigError(
+            "trainer.devices=auto: there are no GPUs to share the work; say how many processes, "
+            "such as trainer.devices=2"
+        )
+    on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    if node is not None and node.get("process_group_backend") == "nccl" and not on_gpu:
+        raise ConfigError(
+            "trainer.strategy.process_group_backend=nccl: needs CUDA devices; leave it out"
+        )
+    if shards and (reason := objective.why_not_shardable()):
+        raise ConfigError(f"trainer=fsdp: {reason}; or use trainer=ddp")
+    backbone: Any = objective.backbone
+    for layer in backbone.moe_layers.values():
+        dispatch: Any = getattr(layer, "dispatch", None)
+        if processes == 1 or not hasattr(dispatch, "shard"):
+            continue
+        if not shards:
+            raise ConfigError(
+                f"dispatch: {type(dispatch).__name__} has its experts on different processes, "
+                f"which trainer.strategy={strategy} does not know; use trainer=fsdp"
+            )
+        size = getattr(dispatch, "size", None) or processes
+        if processes % size or layer.experts.num_experts % size:
+            raise ConfigError(
+                f"dispatch.size={size}: must divide the {processes} processes and "
+                f"num_experts={layer.experts.num_experts}"
+            )
 
 
 def check_kind(cfg: DictConfig, has_tasks: bool) -> None:

@@ -45,6 +45,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     run = RunDirectory.existing(cfg.run)
     own = run.config
     OmegaConf.set_struct(own, False)
+    own.trainer.update(devices=1, num_nodes=1, strategy="auto")  # however it was trained
     if "max_val_windows" in own.data:
         own.data.max_val_windows = cfg.max_val_windows
     if "final_val_items" in own.data and cfg.max_items is not None:

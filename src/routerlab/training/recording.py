@@ -6,21 +6,25 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from routerlab.analysis import trace
 from routerlab.objectives.routed import RoutedObjective
 from routerlab.objectives.step import Batch
 from routerlab.training.assemble import has_tasks
+from routerlab.training.processes import is_main_process
 from routerlab.training.run_directory import RunDirectory
 
 
 def record(cfg: DictConfig, run: RunDirectory, data: Any, objective: RoutedObjective) -> None:
     """Keeps the routing of ``cfg.trace_sequences`` held-out sequences, evenly spaced, in
-    ``traces/validation.safetensors``; nothing where the model has no router.
+    ``traces/validation.safetensors``; nothing where the model has no router. All processes of the
+    run must call it.
     """
     if objective.backbone.moe_layers:
         found = routing(objective, sequences(data, cfg.trace_sequences))
-        trace.save(run.path / "traces" / "validation.safetensors", found)
+        if is_main_process():
+            trace.save(run.path / "traces" / "validation.safetensors", found)
 
 
 @torch.no_grad()
@@ -31,17 +35,21 @@ def routing(objective: RoutedObjective, batch: Batch) -> trace.Trace:
     backbone: Any = objective.backbone
     batch = {key: value.to(objective.device) for key, value in batch.items()}
     if "valid" not in batch:
-        return trace.record(backbone, batch["input_ids"], batch["domain"], objective.domains)
+        with objective.precision():
+            return trace.record(backbone, batch["input_ids"], batch["domain"], objective.domains)
     was_training = backbone.training
     backbone.eval()
     context = objective.context(batch, objective.global_step, 0)
-    records = backbone(batch["input_ids"], context).router_outputs
+    with objective.precision():
+        records = backbone(batch["input_ids"], context).router_outputs
     backbone.train(was_training)
     return trace.Trace.of(batch["input_ids"], batch["domain"], objective.domains, records)
 
 
 def sequences(data: Any, most: int) -> Batch:
-    """At most ``most`` held-out sequences, evenly spaced over those of the validations."""
+    """At most ``most`` held-out sequences, evenly spaced over those of the validations of all
+    processes.
+    """
     return _items(data, most) if has_tasks(data) else _windows(data, most)
 
 
@@ -56,7 +64,8 @@ def _windows(data: Any, most: int) -> dict[str, Tensor]:
 def _items(data: Any, most: int) -> dict[str, Tensor]:
     """Items with their right answers, padded on the left."""
     rows: list[dict[str, Tensor]] = []
-    for batch in data.val_dataloader():
+    own = data.val_dataloader()
+    for batch in DataLoader(own.dataset, data.val_batch_size, collate_fn=own.collate_fn):
         for row in batch["gold"].nonzero().flatten().tolist():
             rows.append({key: batch[key][row] for key in ("input_ids", "valid", "prompt", "task")})
     count = min(most, len(rows))

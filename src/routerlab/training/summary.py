@@ -1,17 +1,19 @@
 """The headline of a run."""
 
+import math
 import shlex
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from routerlab.analysis.flops import forward_flops
 from routerlab.objectives.routed import RoutedObjective
-from routerlab.objectives.step import Batch
+from routerlab.objectives.step import Batch, all_reduce
 from routerlab.training.assemble import has_tasks
 from routerlab.training.callbacks.metrics import Metrics
 from routerlab.training.recording import sequences
@@ -69,22 +71,26 @@ def summarize(
 
 
 def flops_per_token(data: Any, objective: RoutedObjective) -> float | None:
-    """`forward_flops` for each token of some held-out sequences, without padding; None, with a
-    warning, where the model does not let them be counted.
+    """`forward_flops` for each token of some held-out sequences, without padding: the mean over
+    processes, all of which must ask. None, with a warning, where the model does not let them be
+    counted.
     """
     batch = {name: value.to(objective.device) for name, value in sequences(data, _COUNTED).items()}
-    flops, tokens = 0, 0
+    flops, tokens = 0.0, 0
     try:
         for part in _without_padding(batch):
             context = objective.context(part, objective.global_step, 0)
-            flops += forward_flops(objective.backbone, part["input_ids"], context)
+            with objective.precision():
+                flops += forward_flops(objective.backbone, part["input_ids"], context)
             tokens += part["input_ids"].numel()
     except Exception as error:  # the run itself matters more
         warnings.warn(
             f"flops_per_token: not counted ({type(error).__name__}: {error})", stacklevel=1
         )
-        return None
-    return flops / tokens
+        flops = math.nan
+    sums = torch.tensor([flops, tokens], dtype=torch.float64, device=objective.device)
+    flops, tokens = all_reduce(sums).tolist()
+    return None if math.isnan(flops) else flops / tokens
 
 
 def _without_padding(batch: Batch) -> list[Batch]:

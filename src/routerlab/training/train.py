@@ -25,7 +25,13 @@ from routerlab.training.callbacks.preemption import Preemption
 from routerlab.training.callbacks.reseed import Reseed
 from routerlab.training.callbacks.traces import validation_traces
 from routerlab.training.callbacks.validation import MissedValidation
-from routerlab.training.checks import check_trainable, check_trainer, differences
+from routerlab.training.checks import (
+    check_strategy,
+    check_trainable,
+    check_trainer,
+    differences,
+    num_processes,
+)
 from routerlab.training.environment import environment
 from routerlab.training.evaluate import evaluate_base
 from routerlab.training.initial import PRETRAIN, check_fit, started
@@ -127,7 +133,8 @@ def _prepared(cfg: DictConfig, data: Any = None) -> tuple[Any, RoutedObjective]:
     data = assemble.build_data(cfg) if data is None else data
     objective = assemble.build_objective(cfg, data)
     check_trainable(cfg, objective.backbone)
-    assemble.check_batch(cfg, _world_size(cfg))
+    assemble.check_batch(cfg, num_processes(cfg))
+    check_strategy(cfg, objective)
     alignment.check(cfg, objective)
     assemble.check_recipe(cfg, objective)
     assemble.check_schedules(cfg, objective)
@@ -170,12 +177,13 @@ def _fit(
     metrics.logs_validation = False  # the headline, and no point of a curve
     assemble.use_final(data)
     trainer.validate(objective, datamodule=data, verbose=False)
-    if trainer.is_global_zero:
+    summary = summarize(run, data, objective, metrics, trainer)
+    if cfg.trace_sequences:
+        record(cfg, run, data, objective)
+    if trainer.is_global_zero:  # where no more runs of a model that processes share
         aligned = alignment.outcome(data, objective, device)
-        run.write_json("summary.json", summarize(run, data, objective, metrics, trainer) | aligned)
+        run.write_json("summary.json", summary | aligned)
         log_headline(trainer.loggers, run)
-        if cfg.trace_sequences:
-            record(cfg, run, data, objective)
         if hasattr(objective.backbone, "save_adapter"):
             objective.backbone.save_adapter(run.path / "adapter")  # type: ignore[operator]
         run.set_status("done")
@@ -271,12 +279,6 @@ def _new_run(cfg: DictConfig, overrides: Sequence[str]) -> RunDirectory:
     if not cfg.run_dir:
         os.environ[_RUN_DIR] = str(run.path)
     return run
-
-
-def _world_size(cfg: DictConfig) -> int:
-    devices = cfg.trainer.devices
-    count = devices if isinstance(devices, int) else 1 if devices == "auto" else len(devices)
-    return count * cfg.trainer.get("num_nodes", 1)
 
 
 def _finish_wandb(run: RunDirectory) -> None:

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from routerlab.objectives.routed import RoutedObjective
 from routerlab.training.loggers import MetricsFiles
@@ -18,9 +19,14 @@ class Metrics(pl.Callback):
     def __init__(self) -> None:
         self.logs_validation = True
         self.train_seconds = 0.0
-        self.tokens = 0
+        self._tokens: int | Tensor = 0  # where batches are, so that only who reads it waits
         self._since = (0, 0.0)  # tokens, seconds at the last log
         self._start = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of all steps, over all processes."""
+        return int(self._tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """Totals so far, for the checkpoint."""
@@ -28,7 +34,7 @@ class Metrics(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Totals of the run that is resumed."""
-        self.train_seconds, self.tokens = state_dict["train_seconds"], state_dict["tokens"]
+        self.train_seconds, self._tokens = state_dict["train_seconds"], state_dict["tokens"]
         self._since = (self.tokens, self.train_seconds)
 
     def on_train_batch_start(
@@ -47,13 +53,14 @@ class Metrics(pl.Callback):
     ) -> None:
         """Logs a due step."""
         self.train_seconds += time.perf_counter() - self._start
-        real = int(batch["valid"].sum()) if "valid" in batch else batch["input_ids"].numel()
-        self.tokens += real * trainer.world_size
+        real = batch["valid"].sum() if "valid" in batch else batch["input_ids"].numel()
+        self._tokens = self._tokens + real * trainer.world_size
         if not outputs["due"]:
             return
-        tokens, seconds = self.tokens - self._since[0], self.train_seconds - self._since[1]
-        self._since = (self.tokens, self.train_seconds)
-        outputs["scalars"]["train/tokens_per_second"] = tokens / seconds
+        total, (tokens, seconds) = self.tokens, self._since
+        self._since = (total, self.train_seconds)
+        speed = (total - tokens) / (self.train_seconds - seconds)
+        outputs["scalars"]["train/tokens_per_second"] = speed
         self._log(trainer, outputs["scalars"], outputs["distributions"])
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -22,8 +22,8 @@ class ProgressDisplay(pl.Callback):
         self.seconds = seconds
         self.console = Console()
         self._bar: Progress | None = None
-        self._text, self._printed, self._seen = "", 0.0, (0.0, 0)
-        self._speed = 0.0
+        self._loss, self._text = "", ""
+        self._printed, self._seen = 0.0, (0.0, 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the bar at the step where training begins."""
@@ -53,17 +53,17 @@ class ProgressDisplay(pl.Callback):
         """Shows the step."""
         if not trainer.is_global_zero:
             return
+        now, last = time.perf_counter(), trainer.global_step == trainer.max_steps
+        line = self._bar is None and (now - self._printed >= self.seconds or last)
         if outputs["due"]:
-            self._text = _routing(outputs["scalars"])
-            self._speed = outputs["scalars"].get("train/tokens_per_second", 0.0)
-        text = f"loss {float(outputs['loss']):.3f}"
-        text += f"  {self._speed:,.0f} tok/s" if self._speed else ""
-        text += self._text
+            speed = outputs["scalars"].get("train/tokens_per_second", 0.0)
+            self._text = f"  {speed:,.0f} tok/s" + _routing(outputs["scalars"])
+        if outputs["due"] or line:  # not every step: this waits for the device
+            self._loss = f"loss {float(outputs['loss']):.3f}"
+        text = self._loss + self._text
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step, text=text)
-            return
-        now = time.perf_counter()
-        if now - self._printed >= self.seconds or trainer.global_step == trainer.max_steps:
+        if line:
             self._printed = now
             then, first = self._seen
             pace = (now - then) / max(1, trainer.global_step - first)

@@ -24,6 +24,9 @@ class Reseed(pl.Callback):
     ) -> None:
         """Seeds all three generators."""
         seed = stable_seed(self.seed, trainer.global_step, trainer.global_rank)
-        torch.manual_seed(seed)
+        # Not `torch.manual_seed`, which keeps a stack trace for each kind of device not in use.
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002 - the global generator is what libraries use

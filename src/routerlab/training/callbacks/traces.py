@@ -33,10 +33,12 @@ class ValidationTraces(pl.Callback):
         self._last: int | None = None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Records once a step, in the main process."""
+        """Records once a step; the main process writes."""
         assert isinstance(pl_module, RoutedObjective)
         step = trainer.global_step
-        if not trainer.is_global_zero or step == self._last:  # the headline repeats the last step
+        if step == self._last:  # the headline repeats the last step
             return
         self._last = step
-        trace.save(self.folder / f"step_{step:06d}.safetensors", routing(pl_module, self.batch))
+        found = routing(pl_module, self.batch)
+        if trainer.is_global_zero:
+            trace.save(self.folder / f"step_{step:06d}.safetensors", found)
