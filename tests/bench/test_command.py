@@ -9,6 +9,7 @@ import torch
 
 from routerlab.bench import command, contestants
 from routerlab.bench.command import main
+from routerlab.dispatch.loop import Loop
 
 SMALL = "24,8,16,4,2;16,8,8,4,3"
 FAST = ["--seconds", "0.001"]
@@ -59,7 +60,7 @@ def test_the_step_is_in_the_file(tmp_path, monkeypatch):
         (["--shapes", "8,8,8,4,1"], "K=1 must be from 2"),
         (["--shapes", ";"], "names no shape"),
         (["--dtypes", "float8"], "dtypes='float8': must be among float32, bf16"),
-        (["--paths", "autograd,magic"], "paths='magic': must be among autograd, loop"),
+        (["--paths", "autograd,magic"], "paths='magic': must be among auto, blocks"),
         (["--seconds", "0"], "--seconds=0.0: must be above 0"),
         (["--threads", "0"], "--threads=0: must be at least 1"),
         (["--json", "no/such/folder/x.json"], "its folder does not exist"),
@@ -88,7 +89,7 @@ def test_without_a_subject_the_subjects_are_listed(capsys):
 
 def test_a_refused_contestant_fails_the_run(monkeypatch, capsys):
     def broken(moe):
-        right = contestants.build_ours(moe, "loop")
+        right = contestants.build_ours(moe, Loop)
         return contestants.Contestant(lambda x: 2 * right.forward(x), right.weights)
 
     monkeypatch.setitem(contestants.PATHS, "broken", broken)

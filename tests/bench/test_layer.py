@@ -20,6 +20,7 @@ from routerlab.bench.contestants import (
 from routerlab.bench.layer import Row, Settings, Tokens, against_transformers, bench_shape
 from routerlab.bench.report import table
 from routerlab.bench.step import StepSize, bench_step
+from routerlab.dispatch.loop import Loop
 
 CPU = torch.device("cpu")
 SHAPE = Shape(24, 8, 16, 4, 2)
@@ -50,22 +51,22 @@ def test_all_experts_picked(tokens):
 
 
 def _wrong_output(moe):
-    right = build_ours(moe, "loop")
+    right = build_ours(moe, Loop)
     return Contestant(lambda x: right.forward(x) * 1.001, right.weights)
 
 
 def _wrong_gradient(moe):
-    right = build_ours(moe, "loop")
+    right = build_ours(moe, Loop)
     return Contestant(lambda x: right.forward(x.detach()) + 0 * x, right.weights)
 
 
 def _missing_gradient(moe):
-    right = build_ours(moe, "loop")
+    right = build_ours(moe, Loop)
     return Contestant(lambda x: right.forward(x.detach()), right.weights)
 
 
 def _not_a_number(moe):
-    right = build_ours(moe, "loop")
+    right = build_ours(moe, Loop)
     return Contestant(lambda x: right.forward(x) * math.nan, right.weights)
 
 

@@ -30,8 +30,9 @@ from routerlab.backbones.passes import (
     sizes_of,
 )
 from routerlab.core.checks import choice
-from routerlab.core.protocols import Router
+from routerlab.core.protocols import Dispatch, Router
 from routerlab.core.routing import RouterOutput, RoutingContext
+from routerlab.moe.layer import find_dispatch
 
 
 class HuggingFaceMoE(nn.Module):
@@ -54,8 +55,9 @@ class HuggingFaceMoE(nn.Module):
             and so are routers of ours; other parts train in float32 only.
         trainable, trainable_layers: which part learns, see `train_part`.
         experts_implementation: how transformers computes the experts of its own routers
-            (``eager``, ``grouped_mm``, ...); None: as it chooses. Records of our routers go through
-            `dispatch.autograd`.
+            (``eager``, ``grouped_mm``, ...); None: as it chooses.
+        dispatch: how records of our routers reach the experts, see `MoE`; the model's own routers
+            do not use it.
         activation_checkpointing: recompute each decoder layer in backward (non-reentrant).
 
     Attributes:
@@ -81,6 +83,7 @@ class HuggingFaceMoE(nn.Module):
         trainable: str = "all",
         trainable_layers: int | Sequence[int] | None = None,
         experts_implementation: str | None = None,
+        dispatch: str | Dispatch = "auto",
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -101,7 +104,9 @@ class HuggingFaceMoE(nn.Module):
         self.vocab_size, self.max_positions = sizes_of(model)
         self._takes = arguments_of(model)
         self._state = RoutingState()
-        self.moe_layers: dict[str, RoutedLayer] = self._listen(router, experts_implementation)
+        self.moe_layers: dict[str, RoutedLayer] = self._listen(
+            router, experts_implementation, find_dispatch(dispatch)
+        )
         self.layer_names = list(self.moe_layers)
         self._state.attach(model)
         model.config.output_router_logits = False  # its own losses would be added to its loss
@@ -110,7 +115,10 @@ class HuggingFaceMoE(nn.Module):
         self._train(trainable, trainable_layers)
 
     def _listen(
-        self, router: Callable[..., Router] | None, implementation: str | None
+        self,
+        router: Callable[..., Router] | None,
+        implementation: str | None,
+        dispatch: Dispatch,
     ) -> dict[str, RoutedLayer]:
         """The routed layers: their own routers heard, or others in their place."""
         blocks = routed_blocks(self.model)
@@ -129,6 +137,7 @@ class HuggingFaceMoE(nn.Module):
                 )
             for name, block in blocks.items():
                 check_experts(block.module.experts, name)
+                block.module.experts.dispatch = dispatch
             routers = replace_routers(blocks, router, self._state)
             self.model.set_experts_implementation(NAME)
         return {

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.activations import SiLUActivation
+from transformers.integrations import moe
 
 from routerlab.core.routing import RouterOutput
-from routerlab.dispatch.fused import Fused
 from routerlab.ops.grouped_mm import grouped_mm
 
 NAME = "routerlab"  # of our function among those by which transformers computes experts
@@ -37,6 +37,15 @@ class HuggingFaceExperts(nn.Module):
     def down_proj(self) -> Tensor:
         """[E, D, F]; AttributeError for experts of another layout."""
         return self._ours("down_proj")
+
+    @property
+    def swiglu_weights(self) -> tuple[Tensor, Tensor] | None:
+        """Both stacks of weights where they are in our layout and compute a plain SwiGLU."""
+        source = self.source
+        plain = isinstance(source.act_fn, nn.SiLU | SiLUActivation) and not source.has_bias
+        gated = type(source)._apply_gate is moe._default_apply_gate
+        ours = plain and gated and not source.is_transposed and source.is_concatenated
+        return (source.gate_up_proj, source.down_proj) if ours else None
 
     def forward(
         self,
@@ -88,9 +97,9 @@ def apply_record(
     experts: Any, hidden: Tensor, record: RouterOutput, combine_weights: Tensor
 ) -> Tensor:
     """What transformers calls where a router of ours stands in a block: that router's record is
-    passed on as indices, and holds the combine weights as well.
+    passed on as indices, and holds the combine weights as well. ``experts.dispatch`` is ours, too.
     """
-    return Fused()(hidden, record, HuggingFaceExperts(experts))
+    return experts.dispatch(hidden, record, HuggingFaceExperts(experts))
 
 
-ALL_EXPERTS_FUNCTIONS.register(NAME, apply_record)
+moe.ALL_EXPERTS_FUNCTIONS.register(NAME, apply_record)

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from routerlab.core.protocols import Dispatch
+from routerlab.dispatch.fused import Fused
+from routerlab.dispatch.loop import Loop
 from routerlab.moe.layer import DISPATCHES, DenseSwiGLU, MoE
 from routerlab.routers.token_choice import TokenChoice
 
@@ -90,10 +93,10 @@ def build_dense(shape: Shape, device: torch.device) -> Contestant:
     return Contestant(layer, (layer.gate_up_proj.weight, layer.down_proj.weight))
 
 
-def build_ours(layer: MoE, dispatch: str) -> Contestant:
+def build_ours(layer: MoE, dispatch: Callable[[], Dispatch]) -> Contestant:
     """Our layer with one of its dispatches."""
     layer = deepcopy(layer)
-    layer.dispatch = DISPATCHES[dispatch]()
+    layer.dispatch = dispatch()
     experts: Any = layer.experts
     weights = (layer.router.gate.weight, experts.gate_up_proj, experts.down_proj)
     return Contestant(lambda x: layer(x)[0], weights)
@@ -125,7 +128,8 @@ def build_transformers(layer: MoE, implementation: str) -> Contestant:
 
 # batched_mm copies the weights for every token (100 times slower); deepgemm, sonicmoe need a GPU.
 PATHS: dict[str, Callable[[MoE], Contestant]] = {
-    **{name: partial(build_ours, dispatch=name) for name in DISPATCHES},
+    **{name: partial(build_ours, dispatch=make) for name, make in DISPATCHES.items()},
+    "recompute": partial(build_ours, dispatch=partial(Fused, recompute=True)),
     "hf_grouped_mm": partial(build_transformers, implementation="grouped_mm"),
     "hf_eager": partial(build_transformers, implementation="eager"),
 }
@@ -157,7 +161,7 @@ def check_equal(contestant: Contestant, layer: MoE, x: Tensor, dy: Tensor, dtype
     Checked in float32 and, where that is what will be timed, once more under autocast.
     """
     exact_layer = deepcopy(layer).double()
-    exact = build_ours(exact_layer, "loop")
+    exact = build_ours(exact_layer, Loop)
     worst = 0.0
     for name in dict.fromkeys(("float32", dtype)):
         tokens = clear_tokens(exact_layer, x, MARGIN[name]).requires_grad_()

@@ -30,7 +30,9 @@ FULL = (
     "256,64,128,8,2",
     "4096,64,64,64,4",
     "2048,256,128,64,4",
+    "16384,256,256,16,2",
 )
+GRID = tuple(f"{t},256,128,{e},4" for t in (256, 2048, 16384) for e in (8, 64, 256))
 _SHARED_MEAN = 0.3  # tokens have a common direction, as in models: it skews the load (CV 0.2-0.5)
 
 

@@ -23,6 +23,7 @@ from routerlab.bench.timing import Ratio, interleave
 from routerlab.core.protocols import LayerLoss
 from routerlab.core.routing import RouterOutput, RoutingContext
 from routerlab.core.seeding import stable_seed
+from routerlab.dispatch.fused import Fused
 from routerlab.moe.layer import MoE
 
 LAYER_LOSS_GOAL = 2.0  # percent of a training step
@@ -106,7 +107,7 @@ class _Cell:
         self.shape, self.settings = shape, settings
         device = settings.device
         self.tokens = Tokens(shape, device, settings.seed)
-        self.layer = build_ours(reference_layer(shape, device), "autograd")
+        self.layer = build_ours(reference_layer(shape, device), Fused)
         self.generator = torch.Generator(device).manual_seed(settings.seed)
         size = shape.tokens * shape.num_experts  # no record holds more assignments
         self.noise = torch.empty(size, device=device).normal_(generator=self.generator)

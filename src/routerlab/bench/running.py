@@ -174,17 +174,17 @@ def _compare(runs: Path, numbers: Numbers, clock: Clock, progress: Progress) -> 
     return rows
 
 
-def routerlab(*words: str) -> None:
+def routerlab(*words: str, threads: int | None = None) -> None:
     """Runs a command as a process of its own; raises `RuntimeError` with what it said if it fails.
 
-    It has as many threads as this machine has cores, as in a sweep with one worker.
+    Without ``threads`` it has as many as this machine has cores, as in a sweep with one worker.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = {"OMP_NUM_THREADS": str(cores), "WANDB_MODE": "offline"}
+    variables = {"OMP_NUM_THREADS": str(threads or cores), "WANDB_MODE": "offline"}
     command = [sys.executable, "-m", "routerlab.cli.main", *words]
     done = subprocess.run(
         command,
-        env=os.environ | threads,
+        env=os.environ | variables,
         capture_output=True,
         text=True,
         start_new_session=True,  # as jobs of a sweep, which share a busy machine session by session

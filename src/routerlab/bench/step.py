@@ -9,13 +9,16 @@ from torch import Tensor
 
 from routerlab.backbones.decoder import Decoder
 from routerlab.bench.layer import Settings
+from routerlab.bench.step_size import StepSize
 from routerlab.bench.timing import Ratio, interleave
 from routerlab.core.protocols import AuxLoss, Diagnostic
 from routerlab.diagnostics.collection import flatten
 from routerlab.diagnostics.expert_by_domain import ExpertByDomain
 from routerlab.diagnostics.expert_load import ExpertLoad
+from routerlab.diagnostics.experts_per_token import ExpertsPerToken
 from routerlab.diagnostics.router_entropy import RouterEntropy
 from routerlab.diagnostics.router_logits import RouterLogits
+from routerlab.diagnostics.router_state import RouterState
 from routerlab.diagnostics.selection_margin import SelectionMargin
 from routerlab.losses.load_balancing import LoadBalancingLoss
 from routerlab.losses.router_z import RouterZLoss
@@ -25,21 +28,6 @@ from routerlab.routers.token_choice import TokenChoice
 
 LOG_EVERY = 10  # the default of `RoutedObjective`
 DOMAINS = ["a", "b", "c", "d"]
-
-
-@dataclass(frozen=True, slots=True)
-class StepSize:
-    """The model and the batch; the defaults are those of the tiny example."""
-
-    vocab_size: int = 256
-    d_model: int = 128
-    num_layers: int = 4
-    num_heads: int = 4
-    num_experts: int = 8
-    top_k: int = 2
-    d_ff: int = 192
-    batch_size: int = 16
-    sequence_length: int = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +70,16 @@ def bench_step(settings: Settings, size: StepSize | None = None) -> StepShare:
     )
 
 
-def all_diagnostics() -> dict[str, Diagnostic]:
-    """Every diagnostic, by file name."""
+def usual_diagnostics() -> dict[str, Diagnostic]:
+    """The diagnostics of ``routerlab train``, by file name."""
     return {
         "expert_load": ExpertLoad(),
         "router_entropy": RouterEntropy(),
         "router_logits": RouterLogits(),
         "selection_margin": SelectionMargin(),
         "expert_by_domain": ExpertByDomain(),
+        "experts_per_token": ExpertsPerToken(),
+        "router_state": RouterState(),
     }
 
 
@@ -105,10 +95,11 @@ class Work:
             d_model=size.d_model,
             num_layers=size.num_layers,
             num_heads=size.num_heads,
-            num_kv_heads=size.num_heads,
+            num_kv_heads=size.num_kv_heads,
             d_ff=size.d_ff,
             num_experts=size.num_experts,
             max_positions=size.sequence_length,
+            qk_norm=True,
         ).to(settings.device)
         self.batch: dict[str, Tensor] = {}
 
@@ -129,7 +120,7 @@ class Work:
             self.backbone,
             optimizer=OptimizerRecipe(torch.optim.AdamW),
             losses=losses,
-            diagnostics=all_diagnostics(),
+            diagnostics=usual_diagnostics(),
             domains=DOMAINS,
         )
 

@@ -46,6 +46,26 @@ class Ratio:
     busy: int
 
 
+class Stopwatch:
+    """Takes a `Sample` of what this process does between `start` and `stop`."""
+
+    def __init__(
+        self, device: torch.device | None = None, clock: Clock = time.perf_counter
+    ) -> None:
+        self._device, self._clock = device, clock
+        self.start()
+
+    def start(self) -> None:
+        """From here."""
+        _synchronize(self._device)
+        self._waited, self._start = _waited(), self._clock()
+
+    def stop(self) -> Sample:
+        """To here."""
+        _synchronize(self._device)
+        return Sample(self._clock() - self._start, _waited() - self._waited)
+
+
 def interleave(
     contestants: Mapping[str, Work],
     baseline: Work,
@@ -63,13 +83,13 @@ def interleave(
     if seconds <= 0:
         raise ValueError(f"seconds={seconds}: must be above 0")
 
+    stopwatch = Stopwatch(device, clock)
+
     def sample(work: Work) -> Sample:
         prepare()
-        _synchronize(device)
-        waited, start = _waited(), clock()
+        stopwatch.start()
         work()
-        _synchronize(device)
-        return Sample(clock() - start, _waited() - waited)
+        return stopwatch.stop()
 
     around: dict[str, list[tuple[Sample, Sample, Sample]]] = {name: [] for name in contestants}
     with _no_garbage_collection():

@@ -34,7 +34,6 @@ def facts() -> dict[str, Any]:
     import torch
 
     from routerlab.core.config import compose, config_dir
-    from routerlab.moe.layer import DISPATCHES
     from routerlab.training.environment import environment
     from routerlab.training.tracking import wandb_mode
 
@@ -48,15 +47,30 @@ def facts() -> dict[str, Any]:
         "commit": found["commit"] or "not a checkout",
         "processor": f"{hardware['cpu']}, {hardware['cores']} cores, "
         f"{hardware['memory_gib']} GiB, {found['torch_threads']} threads",
-        "bf16": "in hardware; on a CPU it pays off for wide experts only (docs/bench.md)"
+        "bf16": "in hardware; on a CPU it pays off for wide experts only (docs/performance.md)"
         if bf16
         else "emulated on this processor: slower than float32",
         "gpus": ", ".join(hardware["gpus"]) or "none",
-        "dispatch": ", ".join(sorted(DISPATCHES)),
+        "dispatch": _dispatch(),
         "configs": config_dir(),
         "data": f"{len(built)} prepared corpora in {cache}" if built else f"none yet in {cache}",
         "wandb": wandb_mode(),
     }
+
+
+def _dispatch() -> str:
+    """What `dispatch=auto` chooses, and what other packages bring."""
+    import importlib.util
+
+    from routerlab.dispatch.fused import BF16_FROM, BLOCKS_FROM
+    from routerlab.dispatch.kernels import BACKENDS
+
+    found = [name for name, b in BACKENDS.items() if importlib.util.find_spec(b.package)]
+    return (
+        f"auto: grouped products, on a CPU blocks in float32 from {BLOCKS_FROM:,} rows x D x F an "
+        f"expert, and bf16 from {BF16_FROM:,}; kernels of other packages: "
+        f"{', '.join(found) or 'none installed'}"
+    )
 
 
 def check_dispatch() -> str:

@@ -34,6 +34,10 @@ def _is_sweep(words: Sequence[str]) -> bool:
 
 
 def _train(cfg: Any, overrides: list[str]) -> None:
+    if "wandb" in (cfg.get("logger") or {}):
+        # It looks through all modules many times when it starts: a second less while they are few.
+        import wandb.apis.public  # noqa: F401
+
     from routerlab.training.processes import is_main_process
     from routerlab.training.summary import print_headline
     from routerlab.training.train import train

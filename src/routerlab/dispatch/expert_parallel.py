@@ -60,7 +60,8 @@ class ExpertParallel:
     2006.16668, section 3.2, without its capacity).
 
     Call `shard` on the experts of a layer before training, and let all processes call the layer
-    together. One process alone needs no `shard`: all experts are there.
+    together. Experts that are not sharded are computed where they are: on a process alone, or
+    without gradients, by which those of several processes would part.
 
     Args:
         size: P, processes of a group, neighbours by rank. It must divide the number of processes;
@@ -133,7 +134,7 @@ class ExpertParallel:
     ) -> Float[Tensor, "T D"]:
         mesh, weights = _own_weights(experts)
         if mesh is None:
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            if torch.is_grad_enabled() and _several_processes():
                 raise ConfigError(
                     "dispatch: the experts are not sharded over the processes; use trainer=fsdp, "
                     "or call dispatch.shard(experts, mesh)"
@@ -174,6 +175,10 @@ class ExpertParallel:
         num_processes, num_experts = counts.shape
         held = [num_experts // num_processes] * num_processes
         return Placement(output.expert_indices, counts, held)
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class _Local(nn.Module):

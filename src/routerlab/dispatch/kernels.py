@@ -24,12 +24,14 @@ class Backend:
     """A package with such kernels.
 
     Attributes:
+        package: the name that it is imported by.
         load: imports it and gives its kernel.
         install: how to get it.
         dtypes: what it computes in.
         capability: the least compute capability of the GPU.
     """
 
+    package: str
     load: Callable[[], Kernel]
     install: str
     dtypes: tuple[torch.dtype, ...]
@@ -213,15 +215,24 @@ def _sonicmoe() -> Kernel:
 _HALF = (torch.bfloat16, torch.float16)
 BACKENDS = {
     "liger": Backend(
-        _liger, "`pip install liger-kernel` (0.8.5 or later, with Triton)", (*TOLERANCE,), (8, 0)
+        "liger_kernel",
+        _liger,
+        "`pip install liger-kernel` (0.8.5 or later, with Triton)",
+        (*TOLERANCE,),
+        (8, 0),
     ),
     "scattermoe": Backend(
+        "scattermoe",
         _scattermoe,
         "github.com/shawntan/scattermoe, installed from source (0.3, with Triton)",
         (*TOLERANCE,),
         (8, 0),
     ),
     "sonicmoe": Backend(
-        _sonicmoe, "`pip install kernels nvidia-cutlass-dsl` and a Hopper GPU", _HALF, (9, 0)
+        "kernels",
+        _sonicmoe,
+        "`pip install kernels nvidia-cutlass-dsl` and a Hopper GPU",
+        _HALF,
+        (9, 0),
     ),
 }

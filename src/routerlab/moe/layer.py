@@ -24,6 +24,15 @@ DISPATCHES: dict[str, Callable[[], Dispatch]] = {
 }
 
 
+def find_dispatch(dispatch: str | Dispatch) -> Dispatch:
+    """The dispatch itself, or the one of that name; ValueError for a name that nothing has."""
+    if not isinstance(dispatch, str):
+        return dispatch
+    if dispatch not in DISPATCHES:
+        raise ValueError(f"dispatch={dispatch!r}: must be one of {sorted(DISPATCHES)}")
+    return DISPATCHES[dispatch]()
+
+
 class MoE(nn.Module):
     """``(x, context) -> (y, RouterOutput)``: the routed sum plus the shared experts.
 
@@ -49,10 +58,6 @@ class MoE(nn.Module):
         dispatch: str | Dispatch = "auto",
     ) -> None:
         super().__init__()
-        if isinstance(dispatch, str):
-            if dispatch not in DISPATCHES:
-                raise ValueError(f"dispatch={dispatch!r}: must be one of {sorted(DISPATCHES)}")
-            dispatch = DISPATCHES[dispatch]()
         if num_shared_experts < 0:
             raise ValueError(f"num_shared_experts={num_shared_experts}: must be 0 or more")
         if not isinstance(router, nn.Module):
@@ -62,7 +67,7 @@ class MoE(nn.Module):
             raise ValueError(
                 f"the router routes to {router.num_experts} experts, the layer has {num_experts}"
             )
-        self.dispatch: Dispatch = dispatch
+        self.dispatch = find_dispatch(dispatch)
         self.router: Any = router
         self.experts: Any = experts(d_model=d_model, d_ff=d_ff, num_experts=num_experts)
         self.shared_experts = (

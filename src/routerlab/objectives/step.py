@@ -1,6 +1,6 @@
 """An optimizer step cut into micro-batches and ranks: its pieces and its sums."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -50,9 +50,11 @@ def split_batch(batch: Batch, micro_batches: int) -> list[Batch]:
 
 
 def step_totals(
-    contexts: Sequence[RoutingContext], num_targets: Tensor
+    contexts: Sequence[RoutingContext],
+    num_targets: Tensor,
+    reduce: Callable[[Tensor], Tensor] = all_reduce,
 ) -> tuple[StepTotals, Tensor]:
-    """Tokens, sequences and targets of the step, over micro-batches and ranks.
+    """Tokens, sequences and targets of the step, over micro-batches and, by ``reduce``, ranks.
 
     ``num_targets`` is this rank's number of targets; each total is at least 1.
     """
@@ -63,7 +65,7 @@ def step_totals(
             per_sequence = context.valid.view(context.batch_size, -1).sum(1)
         rows.append(torch.stack([per_sequence.sum(), (per_sequence > 0).sum()]))
     flat = torch.cat([torch.stack(rows).sum(0), num_targets.view(1)]).double()
-    tokens, sequences, targets = all_reduce(flat).clamp(min=1).float()
+    tokens, sequences, targets = reduce(flat).clamp(min=1).float()
     return StepTotals(tokens, sequences), targets
 
 
@@ -81,12 +83,14 @@ def sum_of(values: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def sum_over_step(parts: Sequence[Sums], mean: bool = False) -> Sums:
-    """The sum (or mean) of each named tensor over micro-batches and ranks, in one reduction."""
+def sum_over_step(
+    parts: Sequence[Sums], mean: bool = False, reduce: Callable[[Tensor], Tensor] = all_reduce
+) -> Sums:
+    """The sum (or mean) of each named tensor over micro-batches and, by ``reduce``, ranks."""
     if not parts or not parts[0]:
         return {}
     stacked = [torch.stack([part[key].double() for part in parts]).sum(0) for key in parts[0]]
-    flat = all_reduce(torch.cat([tensor.reshape(-1) for tensor in stacked]))
+    flat = reduce(torch.cat([tensor.reshape(-1) for tensor in stacked]))
     if mean:
         flat = flat / (len(parts) * world_size())
     split = flat.split([tensor.numel() for tensor in stacked])

@@ -56,8 +56,8 @@ class _FusedSwiGLU(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    @once_differentiable  # whose type is not that of a method
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, weights, gate_up_proj, down_proj, *gate_ups = ctx.saved_tensors
         used = (grads[0].to(x.dtype), x, weights, gate_up_proj, down_proj)
         found = list(ctx.engine.backward(*used, ctx.by, gate_ups, ctx.needs_input_grad[:4]))

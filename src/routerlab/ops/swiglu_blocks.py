@@ -146,7 +146,8 @@ def _scratch(x: Tensor, rows: int, *widths: int) -> list[Tensor]:
     aligned = 64 // x.element_size()  # a cache line
     sizes = [-(-rows * width // aligned) * aligned for width in widths]
     if (buffer := kept.get(x.dtype)) is None or len(buffer) < sum(sizes):
-        buffer = kept[x.dtype] = x.new_empty(sum(sizes))
+        with torch.inference_mode(False):  # what is made in that mode can only be written in it
+            buffer = kept[x.dtype] = x.new_empty(sum(sizes))
     parts = buffer[: sum(sizes)].split(sizes)
     return [part[: rows * w].view(rows, w) for part, w in zip(parts, widths, strict=True)]
 
