@@ -276,3 +276,17 @@ def test_buffers_are_kept_and_change_nothing_that_was_given_out(
     Fused()(x, output, second).square().sum().backward()
     found = torch.autograd.grad(y.square().sum(), x)[0]
     assert torch.equal(found, wanted)
+
+
+def test_training_after_a_larger_validation() -> None:
+    layer, output = SwiGLU(8, 12, EXPERTS), RECORDS["top 2"]
+    output = replace(output, combine_weights=output.combine_weights.float())
+    x = torch.randn(TOKENS, 8)
+    wanted = Loop()(x, output, layer)
+    swiglu_blocks._memory.buffers.clear()
+    with torch.inference_mode():  # as lightning validates
+        torch.testing.assert_close(Fused("blocks")(x, output, layer), wanted)
+    y = Fused("blocks")(x, output, layer)
+    torch.testing.assert_close(y, wanted)
+    y.sum().backward()
+    assert layer.down_proj.grad is not None

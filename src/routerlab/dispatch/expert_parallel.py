@@ -47,7 +47,8 @@ class Placement:
         counts, device = self.counts.split(self.held, 1)[rank], self.copies.device
         copies = torch.arange(self.held[rank], device=device).repeat(len(counts))
         total = int(counts.sum())  # given, so that no device is waited for
-        return copies.repeat_interleave(counts.flatten().to(device), output_size=total)
+        repeats = counts.flatten().to(device, non_blocking=True)
+        return copies.repeat_interleave(repeats, output_size=total)
 
 
 class ExpertParallel:
@@ -234,7 +235,7 @@ def _add_transferred(
     both = {}
     for name, weight in weights.items():
         rows = [expert - rank * len(weight) for _, expert in leaving]
-        chosen = torch.tensor(rows, dtype=torch.long, device=weight.device)
+        chosen = torch.tensor(rows, dtype=torch.long).to(weight.device, non_blocking=True)
         lent = all_to_all(weight.index_select(0, chosen), send, receive, group)
         both[name] = torch.cat([weight, lent])
     return both

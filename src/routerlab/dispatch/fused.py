@@ -14,7 +14,7 @@ from routerlab.ops.permute import few_sizes, sort_by_expert
 
 # Mean rows of an expert times D times F; `routerlab bench layer --shapes grid` measures both sides.
 BLOCKS_FROM = 6_000_000  # in float32 on a CPU blocks are faster from here, and need half the memory
-BF16_FROM = 1_500_000  # on a CPU bf16 products of smaller experts are slower than float32 ones
+BF16_FROM = 3_000_000  # on a CPU bf16 products of smaller experts are slower than float32 ones
 
 _TAKES = {
     "blocks": "computes on a CPU",

@@ -1,5 +1,6 @@
 """Expert parallelism that lends experts to idle processes for one batch."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,11 +67,12 @@ def _planned(
     by_copy = counts.new_zeros(len(counts), sum(held)).index_add_(1, copies, shared)
 
     order = torch.sort(expert_indices, stable=True).indices
-    device, own = order.device, counts[rank]
-    shift = (begin[rank] - (own.cumsum(0) - own)).to(device)
-    places = shift.repeat_interleave(own.to(device), output_size=len(order))
-    places += torch.arange(len(order), device=device)
-    chosen = copies.to(device)[torch.bucketize(places, ends.to(device), right=True)]
+    own = counts[rank]
+    shift = begin[rank] - (own.cumsum(0) - own)
+    there = partial(Tensor.to, device=order.device, non_blocking=True)
+    places = there(shift).repeat_interleave(there(own), output_size=len(order))
+    places += torch.arange(len(order), device=order.device)
+    chosen = there(copies)[torch.bucketize(places, there(ends), right=True)]
     return Placement(
         order.new_empty(len(order)).index_copy_(0, order, chosen), by_copy, held, plan.transfers
     )
