@@ -93,6 +93,13 @@ def combine(y: Float[Tensor, "R D"], by: Permutation) -> Float[Tensor, "T D"]:
     return _Combine.apply(y, by)
 
 
+def sum_rows(y: Float[Tensor, "R D"], by: Permutation) -> Float[Tensor, "T D"]:
+    """`combine` without autograd."""
+    if by.rows is None:
+        return y.new_zeros(by.num_tokens, y.shape[1]).index_add_(0, by.tokens, y)
+    return F.embedding_bag(by.rows, y, mode="sum")
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, by: Permutation) -> Tensor:
@@ -108,9 +115,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, by: Permutation) -> Tensor:
         ctx.by = by
-        if by.rows is None:
-            return y.new_zeros(by.num_tokens, y.shape[1]).index_add_(0, by.tokens, y)
-        return F.embedding_bag(by.rows, y, mode="sum")
+        return sum_rows(y, by)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

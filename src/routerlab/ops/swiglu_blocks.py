@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from routerlab.ops.permute import Permutation
+from routerlab.ops.permute import Permutation, sum_rows
 from routerlab.ops.swiglu import swiglu_rows, swiglu_rows_backward
 
 BLOCK_SIZE = 2**18  # numbers of gate and up in a block: more leave the cache, fewer cost calls
@@ -55,26 +55,28 @@ def cut(tokens_per_expert: list[int], block_rows: int) -> list[Block]:
 def forward(
     x: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, by: Permutation, keep: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """The weighted sums of tokens' experts [T, D], in at least float32, and what is kept of each
-    block for backward: gate and up.
+    """The weighted sums of tokens' experts [T, D], and what is kept of each block for backward:
+    gate and up.
     """
     d_ff, d_model = gate_up_proj.shape[1] // 2, x.shape[1]
-    y = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    # summed in one go: a scatter for each block waits for all threads several times
+    y = x.new_empty(len(by.tokens), d_model)
     to_gate_up, to_out = gate_up_proj.transpose(1, 2).unbind(), down_proj.transpose(1, 2).unbind()
     blocks, most = _blocks(by, weights, d_ff)
-    rows, hidden, out, spare = _scratch(x, most, d_model, d_ff, d_model, 0 if keep else 2 * d_ff)
+    rows, hidden, spare = _scratch(x, most, d_model, d_ff, 0 if keep else 2 * d_ff)
     gate_ups: list[Tensor] = []
+    start = 0
     for block, tokens, scale in blocks:
         n = len(tokens)
         torch.index_select(x, 0, tokens, out=rows.resize_(n, d_model))
         gate_up = x.new_empty(n, 2 * d_ff) if keep else spare.resize_(n, 2 * d_ff)
         _multiply(rows, to_gate_up, block, gate_up)
         swiglu_rows(gate_up, scale, hidden.resize_(n, d_ff))
-        _multiply(hidden, to_out, block, out.resize_(n, d_model))
-        y.index_add_(0, tokens, out.to(y.dtype))
+        _multiply(hidden, to_out, block, y[start : start + n])
         if keep:
             gate_ups.append(gate_up)
-    return y, gate_ups
+        start += n
+    return sum_rows(y, by), gate_ups
 
 
 def backward(
@@ -87,12 +89,12 @@ def backward(
     gate_ups: list[Tensor],
     wanted: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of tokens, rows' weights and both stacks of weights, in at least float32; None for
-    those that are not ``wanted``. Without ``gate_ups`` gate and up are computed again.
+    """Gradients of tokens, rows' weights and both stacks of weights (these in at least float32);
+    None for those that are not ``wanted``. Without ``gate_ups`` gate and up are computed again.
     """
     d_ff, d_model = gate_up_proj.shape[1] // 2, x.shape[1]
     wide = torch.promote_types(x.dtype, torch.float32)
-    dx = x.new_zeros(x.shape, dtype=wide) if wanted[0] else None
+    dx = x.new_empty(len(by.tokens), d_model) if wanted[0] else None
     d_gate_up_proj = _gradient_of(gate_up_proj, by, wide) if wanted[2] else None
     d_down_proj = _gradient_of(down_proj, by, wide) if wanted[3] else None
     into_gate_up = None if d_gate_up_proj is None else d_gate_up_proj.unbind()
@@ -122,9 +124,9 @@ def backward(
         if into_gate_up is not None:
             _multiply_over_rows(d_gate_up, rows, block, into_gate_up)
         if dx is not None:
-            _multiply(d_gate_up, to_x, block, grads)
-            dx.index_add_(0, tokens, grads.to(wide))
+            _multiply(d_gate_up, to_x, block, dx[start : start + n])
         start += n
+    dx = None if dx is None else sum_rows(dx, by)
     return dx, d_weights, d_gate_up_proj, d_down_proj
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from routerlab.ops.permute import Permutation
+from routerlab.ops.permute import Permutation, sum_rows
 from routerlab.ops.swiglu import swiglu_rows, swiglu_rows_backward
 
 
@@ -18,7 +18,7 @@ def forward(
     swiglu_rows(gate_up, weights, hidden)
     gate_ups = [gate_up] if keep else []
     del gate_up
-    return _sum_rows(F.grouped_mm(hidden, down_proj.transpose(1, 2), offs=ends), by), gate_ups
+    return sum_rows(F.grouped_mm(hidden, down_proj.transpose(1, 2), offs=ends), by), gate_ups
 
 
 def backward(
@@ -53,12 +53,5 @@ def backward(
     if wanted[2]:
         d_gate_up_proj = F.grouped_mm(d_gate_up.T, x.index_select(0, by.tokens), offs=ends)
     if wanted[0]:
-        dx = _sum_rows(F.grouped_mm(d_gate_up, gate_up_proj, offs=ends), by)
+        dx = sum_rows(F.grouped_mm(d_gate_up, gate_up_proj, offs=ends), by)
     return dx, d_weights, d_gate_up_proj, d_down_proj
-
-
-def _sum_rows(rows: Tensor, by: Permutation) -> Tensor:
-    """For each token the sum of its rows."""
-    if by.rows is not None:
-        return F.embedding_bag(by.rows, rows, mode="sum")
-    return rows.new_zeros(by.num_tokens, rows.shape[1]).index_add_(0, by.tokens, rows)
