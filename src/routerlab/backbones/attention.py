@@ -5,7 +5,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from routerlab.backbones.rms_norm import RMSNorm
 from routerlab.core.routing import RoutingContext
 
 
@@ -31,8 +30,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, d_model, bias=False)
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-        self.q_norm = RMSNorm(self.head_dim, eps=eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, eps=eps) if qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=eps) if qk_norm else nn.Identity()
 
     def forward(
         self,

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from routerlab.backbones.attention import Attention, padding_mask, rotary_tables
-from routerlab.backbones.rms_norm import RMSNorm
 from routerlab.backbones.trunk_cache import TrunkCache
 from routerlab.core.checks import within
 from routerlab.core.protocols import Dispatch, Experts, Router
@@ -111,7 +110,7 @@ class Decoder(nn.Module):
             )
             for count in experts_of
         )
-        self.norm = RMSNorm(d_model, eps=rms_norm_eps)
+        self.norm = nn.RMSNorm(d_model, eps=rms_norm_eps)
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
         nn.init.normal_(self.embed_tokens.weight)
         nn.init.normal_(self.lm_head.weight, std=0.02)
@@ -234,9 +233,9 @@ class Block(nn.Module):
         self, attention: Attention, network: MoE | DenseSwiGLU, d_model: int, eps: float
     ) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(d_model, eps=eps)
+        self.input_layernorm = nn.RMSNorm(d_model, eps=eps)
         self.self_attn = attention
-        self.post_attention_layernorm = RMSNorm(d_model, eps=eps)
+        self.post_attention_layernorm = nn.RMSNorm(d_model, eps=eps)
         self.moe = network if isinstance(network, MoE) else None
         self.mlp = network if isinstance(network, DenseSwiGLU) else None
 
