@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 
 from routerlab.core.protocols import Dispatch
+from routerlab.diagnostics.collection import DiagnosticSums
+from routerlab.diagnostics.expert_load import ExpertLoad
+from routerlab.diagnostics.router_entropy import RouterEntropy
+from routerlab.diagnostics.router_logits import RouterLogits
+from routerlab.diagnostics.selection_margin import SelectionMargin
 from routerlab.dispatch.fused import Fused
 from routerlab.dispatch.loop import Loop
+from routerlab.losses.load_balancing import LoadBalancingLoss
+from routerlab.losses.router_z import RouterZLoss
 from routerlab.moe.layer import DISPATCHES, DenseSwiGLU, MoE
 from routerlab.routers.token_choice import TokenChoice
 
@@ -64,6 +71,7 @@ class Contestant:
 
     forward: Callable[[Tensor], Tensor]
     weights: tuple[Tensor, ...]
+    layer: Any = None  # ours
 
     def step(self, x: Tensor, dy: Tensor, autocast: bool = False) -> Tensor:
         """Forward and backward from fresh gradients; returns the output."""
@@ -99,7 +107,25 @@ def build_ours(layer: MoE, dispatch: Callable[[], Dispatch]) -> Contestant:
     layer.dispatch = dispatch()
     experts: Any = layer.experts
     weights = (layer.router.gate.weight, experts.gate_up_proj, experts.down_proj)
-    return Contestant(lambda x: layer(x)[0], weights)
+    return Contestant(lambda x: layer(x)[0], weights, layer)
+
+
+def build_watched(layer: MoE) -> Contestant:
+    """Our layer with the default losses, forward and backward, and diagnostics on every step: more
+    than training does, which computes diagnostics when they are logged.
+    """
+    contestant = build_ours(layer, Fused)
+    losses = (LoadBalancingLoss(), RouterZLoss())
+    diagnostics = [ExpertLoad(), RouterEntropy(), RouterLogits(), SelectionMargin()]
+
+    def run(x: Tensor) -> Tensor:
+        y, record = contestant.layer(x)
+        sums = DiagnosticSums({type(one).__name__: one for one in diagnostics})
+        sums.add({"layer": record})
+        sums.values()
+        return y + 0 * sum(loss(record) for loss in losses)  # adds their work and no gradient
+
+    return replace(contestant, forward=run)
 
 
 def build_transformers(layer: MoE, implementation: str) -> Contestant:
@@ -130,6 +156,7 @@ def build_transformers(layer: MoE, implementation: str) -> Contestant:
 PATHS: dict[str, Callable[[MoE], Contestant]] = {
     **{name: partial(build_ours, dispatch=make) for name, make in DISPATCHES.items()},
     "recompute": partial(build_ours, dispatch=partial(Fused, recompute=True)),
+    "watched": build_watched,
     "hf_grouped_mm": partial(build_transformers, implementation="grouped_mm"),
     "hf_eager": partial(build_transformers, implementation="eager"),
 }
