@@ -139,7 +139,8 @@ class RoutedObjective(StepGradient):
         terms, sums, states = self.add_gradient(parts, contexts, due)
         norm = self._clip()
         attempt = Attempt(step, terms["loss"], norm, parts, contexts)
-        if self._steps.watch(attempt, optimizer.optimizer) or due:
+        plain = getattr(optimizer, "optimizer", optimizer)  # lightning wraps it
+        if self._steps.watch(attempt, plain) or due:
             self.check_finite()
         scheduler: Any = self.lr_schedulers()
         lr = scheduler.get_last_lr()[0]
