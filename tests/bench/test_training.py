@@ -139,6 +139,6 @@ def test_a_run_writes_all_that_it_measured(
     small = ["--d-model", "16", "--num-layers", "2", "--d-ff", "16", "--batch-size", "2"]
     assert main(["training", *small, "--seconds", "0.1", "--json", str(file)]) == 0
     told = json.loads(file.read_text())
-    assert 0 < told["start_up"]["imports"] < told["start_up"]["seconds"]
-    assert told["start_up"]["before_run"] < told["start_up"]["seconds"]
+    assert told["start_up"]["imports"] > 0  # of a process of its own
+    assert 0 < told["start_up"]["before_run"] < told["start_up"]["seconds"]
     assert set(told["met"]) == {"bare loop", "transformers", "losses and diagnostics", "start-up"}
