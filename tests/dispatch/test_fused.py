@@ -123,7 +123,6 @@ def test_gradients_that_are_not_contiguous(engine: str, backward: Any) -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradcheck(recompute: bool) -> None:
-    output = RECORDS["ragged"]
     output = random_record(5, EXPERTS, 2)
     experts = SwiGLU(4, 3, EXPERTS).double()
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)

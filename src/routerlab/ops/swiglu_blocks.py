@@ -109,7 +109,8 @@ def backward(
     for i, (block, tokens, scale) in enumerate(blocks):
         n = len(tokens)
         torch.index_select(dy, 0, tokens, out=grads.resize_(n, d_model))
-        torch.index_select(x, 0, tokens, out=rows.resize_(n, d_model))
+        if into_gate_up is not None or not gate_ups:
+            torch.index_select(x, 0, tokens, out=rows.resize_(n, d_model))
         if gate_ups:
             gate_up = gate_ups[i]
         else:
