@@ -1,6 +1,6 @@
 """Time, traffic and memory of one MoE layer under a plan: the cost model of LLEP (arXiv 2601.17111,
 section 3), with its parts computed from the shape of the layer and the rates of a machine. The
-paper gives the form of the time and the memory of a device; the rates, the exchanges and the transfer
+paper gives the form of the time and memory of a device; the rates, the exchanges and the transfer
 of weights beside them are [reconstructed].
 """
 
